@@ -1,0 +1,1 @@
+"""Data formats (pool, artifacts, shards) and the array algorithms of curation."""

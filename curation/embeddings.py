@@ -1,0 +1,98 @@
+"""Embeddings on disk: one part file per part of the pool, ``row`` and the vector as bytes.
+
+A vector is a ``fixed_size_binary`` cell with width and dtype in the schema metadata, which Arrow reads without a
+copy and which every engine can open (several refuse a file with a float16 column).
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from curation.artifact import Artifact, Counts, FileInfo, read_table, write_table
+from curation.store import Location
+
+BLOCK_ROWS = 4096  # rows meet a kernel in blocks cut at multiples of this: a constant, for the bits depend on it
+
+
+def embeddings_table(rows: np.ndarray, x: np.ndarray) -> pa.Table:
+    """``rows`` int (n,) ascending within the pool's part, ``x`` (n, d) float16 or float32 -> a table to write."""
+    if len(rows) != len(x) or x.ndim != 2 or x.dtype not in (np.float16, np.float32):
+        raise ValueError(f"embeddings must be float16 or float32 (n, d) for n rows: got {x.dtype} {x.shape}")
+    cells = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(x.shape[1] * x.itemsize), len(x), [None, pa.py_buffer(np.ascontiguousarray(x))]
+    )
+    shape = json.dumps({"width": x.shape[1], "dtype": x.dtype.name}).encode()
+    table = pa.table({"row": pa.array(rows, pa.int32()), "embedding": cells})
+    return table.replace_schema_metadata({b"embedding": shape})
+
+
+def write_embeddings(
+    location: Location,
+    rows: np.ndarray,
+    x: np.ndarray,
+    counts: Counts | None = None,
+    metadata: Mapping[bytes, bytes] | None = None,
+) -> FileInfo:
+    """Write one part, uncompressed: random bits do not shrink. ``metadata`` says for example what made the vectors."""
+    table = embeddings_table(rows, x)
+    table = table.replace_schema_metadata({**table.schema.metadata, **(metadata or {})})
+    return write_table(location, table, counts, compress=False)
+
+
+def read_embeddings(location: Location) -> tuple[np.ndarray, np.ndarray]:
+    """``rows`` int32 (n,) and ``x`` (n, d) in the dtype on disk, without a copy where the file has one chunk."""
+    table = read_table(location).combine_chunks()
+    shape = json.loads(table.schema.metadata[b"embedding"])
+    dtype = np.dtype(shape["dtype"])
+    if table.num_rows == 0:
+        return np.zeros(0, np.int32), np.zeros((0, shape["width"]), dtype)
+    cells = table["embedding"].chunk(0)
+    x = np.frombuffer(cells.buffers()[1], dtype).reshape(-1, shape["width"])
+    return table["row"].to_numpy(), x[cells.offset : cells.offset + len(cells)]
+
+
+def covered_rows(location: Location) -> np.ndarray:
+    """int32 (n,): the rows of the pool's part that a row-aligned part file covers, without the rest of it."""
+    rows: np.ndarray = read_table(location, ["row"])["row"].to_numpy()
+    return rows
+
+
+@dataclass(frozen=True)
+class EmbeddingsPart:
+    """A part as the kernels see it: float32 blocks, at most one part in memory at a time.
+
+    With ``unit`` every row is scaled to norm 1 in float32, which takes back the rounding to float16, so a cosine
+    is a cosine. ``first`` is the position of the first covered row among all covered rows of the artifact.
+    """
+
+    location: Location
+    n_rows: int
+    first: int
+    unit: bool = True
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """float32 (<= BLOCK_ROWS, d), cut at fixed offsets of the part."""
+        x = read_embeddings(self.location)[1]
+        for start in range(0, len(x), BLOCK_ROWS):
+            yield self._scaled(x[start : start + BLOCK_ROWS])
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """``rows`` int32 (n,) within the pool's part and ``x`` float32 (n, d), all of it."""
+        rows, x = read_embeddings(self.location)
+        return rows, np.concatenate([self._scaled(x[i : i + BLOCK_ROWS]) for i in range(0, len(x), BLOCK_ROWS)] or [x])
+
+    def _scaled(self, x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float32)
+        if not self.unit:
+            return x
+        scaled: np.ndarray = x / np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64)).astype(np.float32)[:, None]
+        return scaled
+
+
+def embedding_parts(artifact: Artifact) -> list[EmbeddingsPart]:
+    """The parts of an embeddings artifact, in order, empty ones too."""
+    starts = artifact.starts
+    return [EmbeddingsPart(artifact.part(i), part.rows, int(starts[i])) for i, part in enumerate(artifact.parts)]

@@ -1,0 +1,223 @@
+"""Hierarchical k-means with resampling (Vo et al. 2024, arXiv 2405.15613), level by level over parts of rows."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from curation.execute import Executor, SerialExecutor
+from curation.kmeans import ArrayRows, Rows, SubsetRows, assign_part, finite_rows, fit_centroids
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How many clusters each level has, and how they are resampled."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines/, no import here
+
+    n_clusters: tuple[int, ...]  # of each level, finest first, e.g. (1000, 300)
+    n_resamples: int = 10  # k-means runs of a level after the first
+    resample_size: tuple[int, ...] | None = None  # rows kept a cluster, a level; None: half the average cluster; 1: off
+    n_iter: int = 50  # Lloyd steps of a run, at most
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.n_clusters or min(self.n_clusters) < 1 or any(a <= b for a, b in pairwise(self.n_clusters)):
+            raise ValueError(
+                f"cluster.n_clusters must be positive and get smaller, finest first: got {self.n_clusters}"
+            )
+        if self.resample_size is not None and len(self.resample_size) != len(self.n_clusters):
+            raise ValueError(
+                f"cluster.resample_size must have one number a level: got {self.resample_size} for {self.n_clusters}"
+            )
+        for name, least in (("n_resamples", 0), ("n_iter", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"cluster.{name} must be at least {least}: got {getattr(self, name)}")
+
+
+class Groups(NamedTuple):
+    """Group g holds ``rows[offsets[g]:offsets[g + 1]]``, in ascending order."""
+
+    rows: np.ndarray  # int64 (n,), a permutation of 0..n-1
+    offsets: np.ndarray  # int64 (n_groups + 1,)
+
+
+def group_rows(labels: np.ndarray, n_groups: int) -> Groups:
+    """Rows of each label; groups without rows are kept, empty. labels: int (n,) in [0, n_groups).
+
+    A counting sort: holds 8 bytes a row and 24 a group. Raises ValueError for a label out of range.
+    """
+    from curation import loops
+
+    if len(labels) and not 0 <= labels.min() <= labels.max() < n_groups:
+        raise ValueError(f"labels must be in [0, {n_groups}): got {labels.min()}..{labels.max()}")
+    offsets = np.zeros(n_groups + 1, np.int64)
+    np.cumsum(np.bincount(labels, minlength=n_groups), out=offsets[1:])
+    rows = np.empty(len(labels), np.int64)
+    loops.fill_groups(labels, offsets[:-1].copy(), rows)
+    return Groups(rows, offsets)
+
+
+class Level(NamedTuple):
+    """One level of clusters over the rows, or over the clusters of the level below."""
+
+    centroids: np.ndarray | None  # float32 (n_clusters, d); None when only labels are known
+    labels: np.ndarray  # int (n,), cluster of each row, or of each cluster of the level below
+    sq_distance: np.ndarray | None = None  # float32 (n,), squared Euclidean, to the own centroid
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Levels of clusters, the finest first: ``levels[t].labels`` are of the clusters of level t - 1, or the rows.
+
+    Raises ValueError if there is no level, or if a level's labels do not fit the levels around it.
+    """
+
+    levels: Sequence[Level]
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("a hierarchy must have at least one level: got none")
+        for t, (level, n_clusters) in enumerate(zip(self.levels, self.n_clusters, strict=True)):
+            labels = level.labels
+            if labels.ndim != 1 or labels.dtype.kind not in "iu":
+                raise ValueError(f"labels of level {t} must be integers (n,): got {labels.dtype} {labels.shape}")
+            if len(labels) and not 0 <= labels.min() <= labels.max() < n_clusters:
+                raise ValueError(
+                    f"labels of level {t} must be in [0, {n_clusters}), the clusters that the level above labels: "
+                    f"got {labels.min()}..{labels.max()}"
+                )
+            if level.centroids is not None and len(level.centroids) != n_clusters:
+                raise ValueError(
+                    f"level {t} must have a centroid for each of its {n_clusters} clusters: got {len(level.centroids)}"
+                )
+            if level.sq_distance is not None and level.sq_distance.shape != labels.shape:
+                raise ValueError(
+                    f"sq_distance of level {t} must have one value a label, {labels.shape}: "
+                    f"got {level.sq_distance.shape}"
+                )
+
+    @property
+    def n_clusters(self) -> tuple[int, ...]:
+        """Clusters of each level, empty ones too (at the top without centroids: up to the highest label)."""
+        top = self.levels[-1]
+        n_top = int(top.labels.max()) + 1 if len(top.labels) else 0
+        if top.centroids is not None:
+            n_top = len(top.centroids)
+        return (*(len(level.labels) for level in self.levels[1:]), n_top)
+
+    @staticmethod
+    def from_labels(labels: Sequence[np.ndarray]) -> "Hierarchy":
+        """A hierarchy without centroids, from the labels of the rows, of the level-0 clusters, and so on."""
+        return Hierarchy([Level(None, np.asarray(level)) for level in labels])
+
+
+def hierarchical_kmeans(
+    x: np.ndarray,
+    n_clusters: Sequence[int],
+    rng: np.random.Generator,
+    n_resamples: int | Sequence[int] = 10,
+    resample_size: int | Sequence[int] | None = None,
+    *,
+    n_iter: int = 50,
+) -> Hierarchy:
+    """Cluster the rows, then the centroids of the rows' clusters, and so on.
+
+    x: float (n, d), finite; used in float32. ``n_clusters``, finest first. ``n_resamples`` k-means runs follow the
+    first one of a level (a number, or one a level), each from a fresh start on the ``resample_size`` rows closest to
+    every centroid; None stands for half the average cluster, 1 or less for no resampling. A centroid counts once in
+    the level above, whatever its rows, empty clusters too. A level has at most as many clusters as the level below.
+    ``rng`` gives one seed; level t draws from keys (seed, t, ...). Holds, beside x, k * d * 28 bytes, 8 bytes a row
+    and, while it resamples, about 10 more. Raises ValueError for what k-means refuses and for lists of other lengths.
+    """
+    points, seed, levels = finite_rows(x), int(rng.integers(2**32)), list[Level]()
+    sizes = per_level(resample_size, len(n_clusters), "resample_size")
+    runs = per_level(n_resamples, len(n_clusters), "n_resamples")
+    for t, k in enumerate(n_clusters):
+        part = ArrayRows(points)
+        centroids = fit_level(
+            [part], k, runs[t] or 0, sizes[t], seed_key=(seed, t), executor=SerialExecutor(), n_iter=n_iter
+        )
+        levels.append(Level(centroids, *assign_part(part, centroids)))
+        points = centroids
+    return Hierarchy(levels)
+
+
+def per_level(value: int | Sequence[int] | None, n_levels: int, name: str) -> Sequence[int | None]:
+    """One value a level; a single number or None goes to every level."""
+    if value is None or isinstance(value, int):
+        return [value] * n_levels
+    if len(value) != n_levels:
+        raise ValueError(f"{name} must be one number or one a level, {n_levels} of them: got {list(value)}")
+    return value
+
+
+def fit_level(
+    parts: Sequence[Rows],
+    n_clusters: int,
+    n_resamples: int,
+    resample_size: int | None,
+    *,
+    seed_key: tuple[int, ...],
+    executor: Executor,
+    n_iter: int = 50,
+) -> np.ndarray:
+    """Centroids float32 (k, d) of one level over all parts: k-means, then ``n_resamples`` runs on resampled rows.
+
+    Run r draws from keys (seed_key..., r, ...). ``resample_size`` None is half the average cluster of the level, 1 or
+    less means no resampling. Labels are not kept: ``assign_part`` gives them, part by part, from what is returned.
+    This process holds centroids and sums, and what ``resample`` holds; the rows stay on the workers.
+    """
+    n_rows = sum(part.n_rows for part in parts)
+    centroids = fit_centroids(parts, n_clusters, (*seed_key, 0), executor, n_iter)
+    size = n_rows // (2 * len(centroids)) if resample_size is None else resample_size
+    for run in range(1, n_resamples + 1 if size > 1 else 1):
+        centroids = resample(
+            parts, centroids, n_clusters, size, seed_key=(*seed_key, run), executor=executor, n_iter=n_iter
+        )
+    return centroids
+
+
+def resample(
+    parts: Sequence[Rows],
+    centroids: np.ndarray,
+    n_clusters: int,
+    size: int,
+    *,
+    seed_key: tuple[int, ...],
+    executor: Executor,
+    n_iter: int = 50,
+) -> np.ndarray:
+    """Centroids float32 (k, d) of a fresh k-means on the ``size`` rows closest to each of the given centroids.
+
+    Dense regions lose most rows, so centroids spread towards a uniform density over the support of the data.
+    k is at most the number of rows that are left. Labels and distances of one part at a time come to this process,
+    which holds what ``closest_members`` does: about 10 bytes a row when ``size`` is half the average cluster.
+    """
+    assigned = executor.map(assign_part, parts, shared={"centroids": centroids})
+    chosen = closest_members(assigned, len(centroids), size)
+    subsets = [SubsetRows(part, rows) for part, rows in zip(parts, chosen, strict=True)]
+    return fit_centroids(subsets, n_clusters, seed_key, executor, n_iter)
+
+
+def closest_members(assigned: Iterable[tuple[np.ndarray, np.ndarray]], n_clusters: int, size: int) -> list[np.ndarray]:
+    """The ``size`` rows closest to the centroid in every cluster, ties to the earlier row, as rows of each part.
+
+    assigned: labels int (n,) and squared distances float32 (n,) of one part after the other, read once. Returns for
+    each part the chosen rows, int64, ascending. Holds one part and a heap of ``size`` (distance, row) a cluster:
+    n_clusters * size * 12 bytes, and 8 more for each chosen row at the end; nothing that grows with the rows.
+    """
+    from curation import loops
+
+    distance = np.empty((n_clusters, size), np.float32)
+    row = np.empty((n_clusters, size), np.int64)
+    filled = np.zeros(n_clusters, np.int64)
+    starts = [0]
+    for labels, sq_distance in assigned:
+        loops.push_closest(distance, row, filled, labels, sq_distance, starts[-1])
+        starts.append(starts[-1] + len(labels))
+    chosen = np.sort(row[np.arange(size) < filled[:, None]])
+    cuts = np.searchsorted(chosen, starts)
+    return [chosen[cuts[i] : cuts[i + 1]] - starts[i] for i in range(len(starts) - 1)]

@@ -1,0 +1,111 @@
+"""The pool: which images there are, numbered for good. Config, schemas and the kernels of its three passes.
+
+*Scan* looks at every record of a unit; *exact duplicates* are found by hash partition; *numbered parts* are the
+kept rows of a unit, at most ``part_rows`` each. ``key`` is the sha256 of the image's bytes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+KEYS_PER_PARTITION = 1 << 22  # rows of one hash partition: 40 bytes each, so a task holds some 700 MB
+
+SCAN_SCHEMA = pa.schema(
+    {
+        "source": pa.string(),
+        "member": pa.string(),
+        "offset": pa.int64(),
+        "n_bytes": pa.int64(),
+        "key": pa.string(),
+        "format": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "label": pa.string(),
+        "caption": pa.string(),
+        "metadata": pa.string(),
+        "reason": pa.string(),
+        "detail": pa.string(),
+    }
+)
+POOL_SCHEMA = pa.schema(
+    [pa.field("row_id", pa.int64()), *(f for f in SCAN_SCHEMA if f.name not in ("reason", "detail"))]
+)
+REJECTED_SCHEMA = pa.schema([SCAN_SCHEMA.field(n) for n in ("source", "member", "key", "reason", "detail")])
+
+# One kept row on its way to the hash partition of its key: who it is and where it stands.
+KEY_RECORD = np.dtype([("key", "V32"), ("unit", "<i4"), ("row", "<i4")])
+# A row that has the bytes of an earlier one.
+DUPLICATE_RECORD = np.dtype([("row", "<i4"), ("first_unit", "<i4"), ("first_row", "<i4")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """Where a pool comes from, and what can never be used. What one may want to tune is a ``select`` step."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    source: str  # folder, tar, Parquet file or S3 prefix
+    min_side: int = 1  # pixels, the shorter side
+    max_aspect_ratio: float = 100.0  # longer side over shorter side
+    max_pixels: int = 178_956_970  # width * height, checked from the header before decoding
+    max_bad_fraction: float = 0.05  # share of undecodable and too large images at which the step stops
+    part_rows: int = 65_536  # rows of a part at most; also files read by one task
+    image_column: str = "image"  # of Parquet sources: bytes, or a struct with bytes and path
+    label_column: str = "label"  # of Parquet and JSON metadata; loose files have their parent folder's name
+
+    def __post_init__(self) -> None:
+        for name in ("min_side", "max_pixels", "part_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pool.{name} must be at least 1: got {getattr(self, name)}")
+        if not self.max_aspect_ratio >= 1:
+            raise ValueError(f"pool.max_aspect_ratio must be at least 1: got {self.max_aspect_ratio}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"pool.max_bad_fraction must be in [0, 1]: got {self.max_bad_fraction}")
+
+
+def key_records(keys: pa.Array, unit: int) -> tuple[np.ndarray, np.ndarray]:
+    """(KEY_RECORD (n,), rows (n,)) of the rows whose key is not null: ``keys`` are hex sha256 of a unit's rows."""
+    rows = np.flatnonzero(keys.is_valid().to_numpy(zero_copy_only=False))
+    records = np.zeros(len(rows), KEY_RECORD)
+    hexes = "".join(keys.take(pa.array(rows)).to_pylist())
+    records["key"] = np.frombuffer(bytes.fromhex(hexes), "V32")
+    records["unit"], records["row"] = unit, rows
+    return records, rows
+
+
+def key_partition(records: np.ndarray, n_partitions: int) -> np.ndarray:
+    """int64 (n,): the hash partition of each key, from its first eight bytes."""
+    head = records["key"].copy().view(np.uint8).reshape(-1, 32)[:, :8].copy().view("<u8")[:, 0]
+    return (head % np.uint64(n_partitions)).astype(np.int64)
+
+
+def find_duplicates(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows whose key an earlier position has, among KEY_RECORDs in any order.
+
+    Returns (DUPLICATE_RECORD (m,), unit int64 (m,)), the unit being that of the duplicate. The lowest
+    (unit, row) of a key stays. O(n log n), about four times the records in memory.
+    """
+    words = records["key"].copy().view("<u8").reshape(-1, 4)
+    order = np.lexsort((records["row"], records["unit"], *words.T))
+    ordered = words[order]
+    new = np.ones(len(order), bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    first = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))][~new]
+    again = order[~new]
+    found = np.zeros(len(again), DUPLICATE_RECORD)
+    found["row"] = records["row"][again]
+    found["first_unit"], found["first_row"] = records["unit"][first], records["row"][first]
+    return found, records["unit"][again].astype(np.int64)
+
+
+def part_sizes(n_kept: np.ndarray, part_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """How units become parts: int64 (unit,) first part of each unit, int64 (part,) rows of each part.
+
+    A unit with more than ``part_rows`` kept rows gives several parts, one without kept rows gives none.
+    """
+    n_parts = -(-n_kept // part_rows)
+    first = np.concatenate([[0], np.cumsum(n_parts)]).astype(np.int64)
+    unit = np.repeat(np.arange(len(n_kept)), n_parts)
+    within = np.arange(first[-1]) - first[unit]
+    return first, np.minimum(part_rows, n_kept[unit] - within * part_rows).astype(np.int64)

@@ -1,0 +1,16 @@
+"""The config of ``select``; the expression itself is evaluated by an embedded SQL engine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Which rows go on. The pool itself never drops what one may want to tune."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    where: str  # SQL expression over the columns of the pool, such as "width >= 224 and format = 'jpeg'"
+
+    def __post_init__(self) -> None:
+        if not self.where.strip():
+            raise ValueError("select.where must be an expression over columns: got an empty string")

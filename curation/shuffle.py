@@ -1,0 +1,29 @@
+"""Shuffle files: one file a task, records sorted by destination, with an offset table; readers read ranges.
+
+Layout, little endian: int64 n_destinations, int64 offsets (n_destinations + 1,) in records, then the records. One
+file a writer and one range read a (writer, reader) pair: never writers x readers objects.
+"""
+
+import numpy as np
+
+from curation.store import Location
+
+
+def write_shuffle(location: Location, records: np.ndarray, destination: np.ndarray, n_destinations: int) -> None:
+    """Write ``records`` (n,) of a structured or plain dtype, grouped by ``destination`` int (n,), order kept."""
+    if len(destination) and not 0 <= destination.min() <= destination.max() < n_destinations:
+        raise ValueError(f"destinations must be in [0, {n_destinations}): got {destination.min()}..{destination.max()}")
+    offsets = np.zeros(n_destinations + 1, "<i8")
+    np.cumsum(np.bincount(destination, minlength=n_destinations), out=offsets[1:])
+    ordered = records[np.argsort(destination, kind="stable")]
+    head = np.array([n_destinations], "<i8").tobytes() + offsets.tobytes()
+    location.write(head + ordered.tobytes())
+
+
+def read_shuffle(location: Location, dtype: np.dtype, destination: int) -> np.ndarray:
+    """The records for one destination, in the order they were written."""
+    begin, end = np.frombuffer(location.read(8 + 8 * destination, 16), "<i8")
+    n_destinations = int(np.frombuffer(location.read(0, 8), "<i8")[0])
+    head = 8 + 8 * (n_destinations + 1)
+    data = location.read(head + int(begin) * dtype.itemsize, int(end - begin) * dtype.itemsize)
+    return np.frombuffer(data, dtype)

@@ -1,0 +1,342 @@
+"""Where images come from: folders, tars (WebDataset too) and Parquet with image bytes, read unit by unit.
+
+A unit is what one task reads: a slice of a file listing, one tar, a run of Parquet row groups. Units stand in the
+order of the sorted listing and records in the order of the unit, so a row's position is the same in every run.
+The kind of a file is told by its suffix only where a container is meant (``.tar``, ``.parquet``); whether
+something is an image is told later, by its bytes.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation.store import Entry, Location
+
+# Files that stand beside images and never are one; they are counted as ignored.
+METADATA_SUFFIXES = frozenset(
+    ".json .jsonl .txt .csv .tsv .md .rst .xml .yaml .yml .html .cls .npy .npz .log .sha256 .index .py".split()
+)
+CAPTION_COLUMNS = ("caption", "text")
+COALESCE_GAP = 1 << 18  # bytes between two ranges of one object that are cheaper read than asked for apart
+
+
+class Unit(NamedTuple):
+    """What one scan task reads."""
+
+    kind: str  # "files", "tar" or "parquet"
+    names: tuple[str, ...]  # relative to the source root; one name unless the kind is "files"
+    first: int = 0  # first row group, for "parquet"
+    stop: int = 0  # one after the last row group
+    first_row: int = 0  # rows of the file before the first row group
+
+
+class Record(NamedTuple):
+    """One candidate image. ``data`` is None where the container broke off, and ``detail`` says how."""
+
+    source: str  # file, relative to the source root
+    member: str | None  # name inside a tar or a Parquet file
+    offset: int | None  # of the bytes in a tar; row number in a Parquet file; None for a file of its own
+    data: bytes | None
+    label: str | None = None
+    caption: str | None = None
+    metadata: str | None = None  # JSON
+    detail: str = ""
+
+
+class Listing(NamedTuple):
+    """What was found below a source, before anything was read."""
+
+    root: Location
+    entries: list[Entry]  # candidates, sorted by name
+    ignored: int  # hidden files and metadata
+
+
+def list_source(source: Location) -> Listing:
+    """List a folder, a prefix, or a single tar, Parquet or image file.
+
+    Raises FileNotFoundError when there is nothing of that name. O(files) names are held here: pools of more than
+    some 10^7 images are kept in tars or Parquet, of which a listing is short.
+    """
+    root = source_root(source)
+    if root == source:
+        entries = source.list()
+    elif source.exists():
+        entries = [source.entry()]
+    else:
+        raise FileNotFoundError(f"no folder or file {source}")
+    wanted = [entry for entry in entries if _is_candidate(entry.name)]
+    return Listing(root, wanted, len(entries) - len(wanted))
+
+
+def source_root(source: Location) -> Location:
+    """What the names in a pool are relative to: the source, or the folder of a source that is one file."""
+    return source if source.is_folder() else source.parent
+
+
+def _is_candidate(name: str) -> bool:
+    hidden = any(piece.startswith(".") or piece == "__MACOSX" for piece in name.split("/"))
+    return not hidden and Path(name).suffix.lower() not in METADATA_SUFFIXES
+
+
+def plan_units(listing: Listing, part_rows: int) -> list[Unit]:
+    """Cut a listing into units of at most ``part_rows`` loose files, whole tars, and whole Parquet files.
+
+    ``split_parquet`` cuts the last kind further, on a worker, because that needs the file's footer.
+    """
+    units: list[Unit] = []
+    loose: list[str] = []
+
+    def flush() -> None:
+        if loose:
+            units.append(Unit("files", tuple(loose)))
+            loose.clear()
+
+    for entry in listing.entries:
+        suffix = Path(entry.name).suffix.lower()
+        if suffix in (".tar", ".parquet"):
+            flush()
+            units.append(Unit(suffix[1:], (entry.name,)))
+        else:
+            loose.append(entry.name)
+            if len(loose) == part_rows:
+                flush()
+    flush()
+    return units
+
+
+def split_parquet(unit: Unit, root: Location, part_rows: int) -> list[Unit]:
+    """A Parquet file as runs of row groups with about ``part_rows`` rows each; other units as they are."""
+    if unit.kind != "parquet":
+        return [unit]
+    with _open_parquet(root / unit.names[0]) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    runs: list[Unit] = []
+    first = first_row = rows = 0
+    for group, size in enumerate(sizes):
+        if rows and rows + size > part_rows:
+            runs.append(unit._replace(first=first, stop=group, first_row=first_row))
+            first, first_row, rows = group, first_row + rows, 0
+        rows += size
+    return [*runs, unit._replace(first=first, stop=len(sizes), first_row=first_row)]
+
+
+def read_unit(root: Location, unit: Unit, image_column: str, label_column: str) -> Iterator[Record]:
+    """The records of a unit in order, one image's bytes in memory at a time (a row group's for Parquet).
+
+    Raises ValueError when a Parquet file has no column of image bytes.
+    """
+    if unit.kind == "files":
+        for name in unit.names:
+            label = name.split("/")[-2] if "/" in name else None  # the parent folder
+            yield Record(name, None, None, (root / name).read(), label)
+    elif unit.kind == "tar":
+        with (root / unit.names[0]).local_copy() as path:
+            yield from read_tar(path, unit.names[0], label_column)
+    else:
+        with _open_parquet(root / unit.names[0]) as file:
+            yield from _read_row_groups(file, unit, image_column, label_column)
+
+
+def read_tar(path: Path, source: str, label_column: str) -> Iterator[Record]:
+    """The images of a tar, each with what the members of the same WebDataset key say about it.
+
+    Member names are data, never paths. A tar that breaks off ends with a record without data.
+    """
+    images: list[Record] = []
+    side: dict[str, bytes] = {}
+    last_key = ""
+    with path.open("rb") as file:
+        for member, data in _tar_members(path, file):
+            if member is None:
+                yield from _with_side(images, side, label_column)
+                yield Record(source, None, None, None, detail=str(data, "utf-8"))
+                return
+            key, suffix = split_key(member.name)
+            if key != last_key:
+                yield from _with_side(images, side, label_column)
+                images, side, last_key = [], {}, key
+            if f".{suffix.rpartition('.')[2]}".lower() in METADATA_SUFFIXES:
+                side[suffix.lower()] = data
+            else:
+                images.append(Record(source, member.name, member.offset_data, data))
+        yield from _with_side(images, side, label_column)
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """``("a/0001", "seg.png")`` for ``a/0001.seg.png``: WebDataset's rule, at the first dot of the last piece."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix
+
+
+def _tar_members(path: Path, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo | None, bytes]]:
+    """Regular members with their bytes; a pair (None, reason) where the tar breaks off."""
+    size = path.stat().st_size
+    n_read = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isreg():
+                    continue
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"member {member.name!r} needs more bytes than the file has")
+                file.seek(member.offset_data)
+                yield member, file.read(member.size)
+                n_read += 1
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps every header it has seen
+            file.seek(tar.offset)
+            if file.read(512).strip(b"\0"):  # tarfile takes a spoilt header for the end
+                raise tarfile.ReadError("a member's header is spoilt")
+    except tarfile.TarError as e:
+        yield None, f"tar breaks off after {n_read} members: {e}".encode()
+
+
+def _with_side(images: Iterable[Record], side: Mapping[str, bytes], label_column: str) -> Iterator[Record]:
+    """The images of one key with the label, caption and metadata that stand beside them."""
+    caption = side["txt"].decode("utf-8", "replace") if "txt" in side else None
+    metadata = _json_text(side.get("json"))
+    fields = json.loads(metadata) if metadata else {}
+    label = _text(fields.get(label_column)) if isinstance(fields, dict) else None
+    if label is None and "cls" in side:
+        label = side["cls"].decode("utf-8", "replace").strip()
+    if caption is None and isinstance(fields, dict):
+        caption = next((_text(fields[name]) for name in CAPTION_COLUMNS if fields.get(name)), None)
+    for image in images:
+        yield image._replace(label=label, caption=caption, metadata=metadata)
+
+
+def _json_text(data: bytes | None) -> str | None:
+    """JSON as text, or None where it is none: metadata that does not parse must not cost the image."""
+    try:
+        return json.dumps(json.loads(data), sort_keys=True) if data else None
+    except ValueError:
+        return None
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+@contextmanager
+def _open_parquet(location: Location) -> Iterator[pq.ParquetFile]:
+    with location.local_copy() as path:
+        try:
+            file = pq.ParquetFile(path)
+        except pa.ArrowInvalid as e:
+            raise ValueError(f"{location} must be a Parquet file: {e}") from e
+        with file:
+            yield file
+
+
+def _read_row_groups(file: pq.ParquetFile, unit: Unit, image_column: str, label_column: str) -> Iterator[Record]:
+    names = file.schema_arrow.names
+    if image_column not in names:
+        raise ValueError(
+            f"{unit.names[0]} must have a column {image_column!r} with image bytes: it has {', '.join(names)}"
+        )
+    row = unit.first_row
+    for group in range(unit.first, unit.stop):
+        table = file.read_row_group(group)
+        paths, images = _image_cells(table[image_column])
+        others = [name for name in names if name != image_column]
+        for i, values in enumerate(table.select(others).to_pylist() if others else [{}] * table.num_rows):
+            data = images[i].as_py()
+            yield Record(
+                unit.names[0],
+                paths[i].as_py() if paths is not None else None,
+                row,
+                data if data is not None else b"",
+                _text(values.get(label_column)),
+                next((_text(values[name]) for name in CAPTION_COLUMNS if values.get(name)), None),
+                json.dumps(values, sort_keys=True, default=str) if values else None,
+            )
+            row += 1
+
+
+def _image_cells(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray | None, pa.ChunkedArray]:
+    """(paths, bytes) of an image column: binary, or Hugging Face's struct of bytes and path."""
+    if not pa.types.is_struct(column.type):
+        return None, column
+    fields = [column.type.field(i).name for i in range(column.type.num_fields)]
+    if "bytes" not in fields:
+        raise ValueError(f"an image column must be binary or a struct with 'bytes': it has {', '.join(fields)}")
+    flat = dict(zip(fields, column.flatten(), strict=True))
+    return flat.get("path"), flat["bytes"]
+
+
+def read_checked(root: Location, rows: pa.Table, image_column: str = "image") -> Iterator[bytes]:
+    """``read_images``, each image compared with its key. Raises ValueError when one is not what the pool saw."""
+    keys = rows["key"].to_pylist()
+    for i, data in enumerate(read_images(root, rows, image_column)):
+        if hashlib.sha256(data).hexdigest() != keys[i]:
+            name = rows["source"][i].as_py()
+            raise ValueError(f"{root / name} must hold the image that the pool saw: its bytes have changed since")
+        yield data
+
+
+def read_images(root: Location, rows: pa.Table, image_column: str = "image") -> Iterator[bytes]:
+    """The original bytes of pool rows (columns source, offset, n_bytes), in order.
+
+    Rows of one container are read together: tars by ranges, Parquet by row group. Raises ValueError when a
+    container no longer holds what the pool saw.
+    """
+    sources = rows["source"].to_pylist()
+    offsets = rows["offset"].to_pylist()
+    lengths = rows["n_bytes"].to_pylist()
+    start = 0
+    while start < len(sources):
+        stop = start + 1
+        while stop < len(sources) and sources[stop] == sources[start]:
+            stop += 1
+        location = root / sources[start]
+        if offsets[start] is None:
+            for _ in range(start, stop):
+                yield location.read()
+        elif sources[start].lower().endswith(".parquet"):
+            yield from _read_parquet_rows(location, offsets[start:stop], image_column)
+        else:
+            yield from read_ranges(location, offsets[start:stop], lengths[start:stop])
+        start = stop
+
+
+def read_ranges(location: Location, offsets: Sequence[int], lengths: Sequence[int]) -> Iterator[bytes]:
+    """Byte ranges of one file, in the order given; on S3 ranges that nearly touch are one request."""
+    if location.is_local:
+        with location.path.open("rb") as file:
+            for offset, length in zip(offsets, lengths, strict=True):
+                file.seek(offset)
+                yield file.read(length)
+        return
+    start = 0
+    while start < len(offsets):
+        stop, end = start + 1, offsets[start] + lengths[start]
+        while stop < len(offsets) and 0 <= offsets[stop] - end <= COALESCE_GAP:
+            end = offsets[stop] + lengths[stop]
+            stop += 1
+        data = location.read(offsets[start], end - offsets[start])
+        for offset, length in zip(offsets[start:stop], lengths[start:stop], strict=True):
+            yield data[offset - offsets[start] : offset - offsets[start] + length]
+        start = stop
+
+
+def _read_parquet_rows(location: Location, wanted: Sequence[int], image_column: str) -> Iterator[bytes]:
+    with _open_parquet(location) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        loaded, images = -1, pa.chunked_array([], pa.binary())
+        for row in wanted:
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            if group >= len(sizes):
+                raise ValueError(f"{location} must have row {row}: it has {starts[-1]} rows")
+            if group != loaded:
+                table = file.read_row_group(group, columns=[image_column])
+                loaded, images = group, _image_cells(table[image_column])[1]
+            yield images[row - int(starts[group])].as_py()

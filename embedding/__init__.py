@@ -1,0 +1,1 @@
+"""Images to unit vectors: decode, preprocess, backbones, batch embedding."""

@@ -1,0 +1,360 @@
+"""The vision transformer: one class, from the ViT of DINO to that of DINOv3.
+
+Legend: B images, N tokens, P patches, R registers, D width, A attention heads, E width of a head,
+H x W the grid of patches. Token order everywhere: [CLS, registers, patches row-major].
+Needs torch alone.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_MAX_CACHED_GRIDS = 32  # rotary tables kept, one a grid and device; a table of 14 x 14 takes 50 kB
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Shape and options of a ViT. The defaults are those of DINOv3 ViT-S/16."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # read by pipelines/, no import here
+
+    width: int = 384  # D, channels of a token
+    depth: int = 12  # blocks
+    heads: int = 6  # attention heads; width must be a multiple
+    patch_size: int = 16  # pixels
+    n_registers: int = 4  # extra tokens without a position
+    mlp_ratio: float = 4.0  # hidden width of the FFN over D; swiglu takes 2/3 of it
+    ffn: str = "mlp"  # or "swiglu"
+    swiglu_align: int = 8  # the hidden width of swiglu is rounded up to a multiple of this
+    layer_scale: float | None = 1e-5  # initial scale of every branch; None: no such parameter
+    position: str = "rope"  # or "learned": an embedding per patch and for CLS
+    image_size: int | None = None  # pixels; the native grid of learned positions, None with rope
+    rope_base: float = 100.0  # longest rotary period, nearly: base ** (1 - 4 / E)
+    rope_rescale: float | None = None  # r: in training, coordinates times exp U(-ln r, ln r), one draw a forward
+    qkv_bias: bool = True
+    key_bias: bool = False  # a bias on keys cancels in the softmax, but DINOv2 has one
+    norm_eps: float = 1e-5  # released DINOv3: 1e-5; DINO and DINOv2: 1e-6
+    drop_path: float = 0.0  # share of the images that skip a branch in training
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "patch_size", "swiglu_align"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"vit.{name} must be at least 1: got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"vit.width must be a multiple of vit.heads: got {self.width} and {self.heads}")
+        if self.n_registers < 0:
+            raise ValueError(f"vit.n_registers must be at least 0: got {self.n_registers}")
+        if self.ffn not in ("mlp", "swiglu"):
+            raise ValueError(f"vit.ffn must be 'mlp' or 'swiglu': got {self.ffn!r}")
+        if self.key_bias and not self.qkv_bias:
+            raise ValueError("vit.key_bias must be false without vit.qkv_bias: got true")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"vit.drop_path must be in [0, 1): got {self.drop_path}")
+        for name in ("mlp_ratio", "norm_eps", "rope_base"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"vit.{name} must be above 0: got {getattr(self, name)}")
+        self._check_position()
+
+    def _check_position(self) -> None:
+        if self.position == "rope":
+            if (self.width // self.heads) % 4:
+                raise ValueError(f"vit.width / vit.heads must be a multiple of 4: got {self.width} / {self.heads}")
+            if self.image_size is not None:
+                raise ValueError(f"vit.image_size must be null with rope positions: got {self.image_size}")
+            if self.rope_rescale is not None and not self.rope_rescale >= 1:
+                raise ValueError(f"vit.rope_rescale must be at least 1, or null: got {self.rope_rescale}")
+        elif self.position == "learned":
+            if not self.image_size or self.image_size < 0 or self.image_size % self.patch_size:
+                raise ValueError(
+                    f"vit.image_size must be a multiple of vit.patch_size ({self.patch_size}) with learned "
+                    f"positions: got {self.image_size}"
+                )
+            if self.rope_rescale is not None:
+                raise ValueError(f"vit.rope_rescale must be null with learned positions: got {self.rope_rescale}")
+        else:
+            raise ValueError(f"vit.position must be 'rope' or 'learned': got {self.position!r}")
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Hidden width of the FFN: ratio * D, or 2/3 of it rounded up to a multiple of ``swiglu_align``."""
+        if self.ffn == "mlp":
+            return int(self.width * self.mlp_ratio)
+        hidden = int(self.mlp_ratio * self.width * 2 / 3)
+        return -(-hidden // self.swiglu_align) * self.swiglu_align
+
+
+class Tokens(NamedTuple):
+    """The output tokens, after the final norm."""
+
+    cls: Tensor  # (B, D)
+    registers: Tensor  # (B, R, D)
+    patches: Tensor  # (B, P, D), row-major
+
+
+class Rope(NamedTuple):
+    """Rotary tables of one grid, float32 (N, E / 2); the rows of CLS and registers turn by nothing."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_tables(
+    grid: tuple[int, int], head_width: int, n_prefix: int, base: float, *, scale: float = 1.0, device: str = "cpu"
+) -> Rope:
+    """Rotary tables of a grid (H, W) of patches behind ``n_prefix`` tokens without a position.
+
+    Patch centres lie in [-1, 1] on both axes whatever the grid ("separate"), times ``scale``. Angle
+    2 pi c / base ** (4 i / E) for i in 0 .. E/4 - 1; the first E/4 columns are y, the others x.
+    """
+    y, x = (scale * (2 * (torch.arange(n, device=device) + 0.5) / n - 1) for n in grid)
+    periods = base ** (torch.arange(head_width // 4, dtype=torch.float32, device=device) / (head_width // 4))
+    centre_P2 = torch.cartesian_prod(y, x).float()
+    angle_PE = (2 * math.pi * centre_P2[:, :, None] / periods).flatten(1)
+    angle_NE = F.pad(angle_PE, (0, 0, n_prefix, 0))  # cos 0 = 1 and sin 0 = 0 leave a token as it is
+    return Rope(angle_NE.cos(), angle_NE.sin())
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair (x[i], x[i + E/2]) of x (..., N, E) by its token's angle.
+
+    Reckoned in float32 or wider, returned in the dtype of x.
+    """
+    first, second = x.chunk(2, dim=-1)
+    turned = (first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+class QKV(nn.Module):
+    """One product D -> 3D for queries, keys and values.
+
+    ``weight`` (3D, D) has the rows [q | k | v]; ``bias`` is (3D,) in that order, (2D,) as [q | v]
+    when keys have none, or absent.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.weight = nn.Parameter(torch.empty(3 * d, d))
+        self.bias = nn.Parameter(torch.empty(3 * d if config.key_bias else 2 * d)) if config.qkv_bias else None
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, 3D)."""
+        bias: Tensor | None = self.bias
+        d = x_BND.shape[-1]
+        if bias is not None and len(bias) == 2 * d:
+            bias = torch.cat([bias[:d], bias.new_zeros(d), bias[d:]])
+        return F.linear(x_BND, self.weight, bias)
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.ffn_hidden)
+        self.fc2 = nn.Linear(config.ffn_hidden, config.width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x_BND)))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), all three with a bias."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.ffn_hidden)
+        self.up = nn.Linear(config.width, config.ffn_hidden)
+        self.down = nn.Linear(config.ffn_hidden, config.width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        out: Tensor = self.down(F.silu(self.gate(x_BND)) * self.up(x_BND))
+        return out
+
+
+class Block(nn.Module):
+    """x + ls1 * attention(norm1 x), then x + ls2 * ffn(norm2 x)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        d, self.heads = config.width, config.heads
+        scaled = config.layer_scale is not None
+        self.norm1 = nn.LayerNorm(d, eps=config.norm_eps)
+        self.qkv = QKV(config)
+        self.proj = nn.Linear(d, d)
+        self.ls1 = nn.Parameter(torch.empty(d)) if scaled else None
+        self.norm2 = nn.LayerNorm(d, eps=config.norm_eps)
+        self.ffn = MLP(config) if config.ffn == "mlp" else SwiGLU(config)
+        self.ls2 = nn.Parameter(torch.empty(d)) if scaled else None
+
+    def forward(self, x_BND: Tensor, rope: Rope | None = None, kept: Tensor | None = None) -> Tensor:
+        """One block. kept: int64 (2, n), the images that take the first and the second branch; None: all."""
+        if kept is None:
+            x_BND = x_BND + self.attention_branch(x_BND, rope)
+            return x_BND + self.ffn_branch(x_BND)
+        gain = len(x_BND) / kept.shape[1]  # so that the expectation is the full branch
+        x_BND = _add_rows(x_BND, kept[0], gain * self.attention_branch(x_BND[kept[0]], rope))
+        return _add_rows(x_BND, kept[1], gain * self.ffn_branch(x_BND[kept[1]]))
+
+    def attention_branch(self, x_BND: Tensor, rope: Rope | None) -> Tensor:
+        """ls1 * attention(norm1 x), (B, N, D)."""
+        b, n, d = x_BND.shape
+        qkv_3BANE = self.qkv(self.norm1(x_BND)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        qk_2BANE, v_BANE = qkv_3BANE[:2], qkv_3BANE[2]
+        if rope is not None:
+            qk_2BANE = rotate(qk_2BANE, rope)
+        out_BANE = F.scaled_dot_product_attention(qk_2BANE[0], qk_2BANE[1], v_BANE)
+        return _scaled(self.proj(out_BANE.transpose(1, 2).reshape(b, n, d)), self.ls1)
+
+    def ffn_branch(self, x_BND: Tensor) -> Tensor:
+        """ls2 * ffn(norm2 x), (B, N, D)."""
+        return _scaled(self.ffn(self.norm2(x_BND)), self.ls2)
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
+
+
+def _add_rows(x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
+    return x.index_add(0, rows, y.to(x.dtype))
+
+
+class ViT(nn.Module):
+    """Images (B, 3, H, W) to tokens. Same config and seed, same weights; torch's global generator is not used.
+
+    Weights are made on the default device, as float32; under ``torch.device("meta")`` they have shapes
+    alone. ``mask_token`` gets a gradient from every forward, masked or not. Parameters: patch_embed, cls_token
+    (1, 1, D), mask_token (1, 1, D), registers (1, R, D), pos_embed (1, 1 + P0, D) or none,
+    blocks.i.{norm1, qkv, proj, ls1, norm2, ffn, ls2}, norm.
+    """
+
+    def __init__(self, config: ViTConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self._tables: dict[tuple[int, int, str], Rope] = {}
+        device = torch.get_default_device()
+        with torch.device("meta"):  # no memory and no draws until init_weights
+            d, p = config.width, config.patch_size
+            self.patch_embed = nn.Conv2d(3, d, kernel_size=p, stride=p)
+            self.cls_token = nn.Parameter(torch.empty(1, 1, d))
+            self.mask_token = nn.Parameter(torch.empty(1, 1, d))
+            self.registers = nn.Parameter(torch.empty(1, config.n_registers, d))
+            n_positions = 1 + (config.image_size // p) ** 2 if config.image_size else 0
+            self.pos_embed = nn.Parameter(torch.empty(1, n_positions, d)) if n_positions else None
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+            self.norm = nn.LayerNorm(d, eps=config.norm_eps)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter anew from ``seed``, drawn on the CPU: the same values on every device."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            value = torch.full(parameter.shape, torch.nan, device="cpu")  # what no rule fills shows itself
+            parameter.copy_(_initial_value(name, value, self.config, generator))
+
+    def forward(
+        self, images_B3HW: Tensor, mask: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tokens:
+        """Tokens of images whose sides are multiples of the patch size.
+
+        mask: bool (B, P), True where the patch embedding gives way to the mask token. generator: source of
+        the rotary rescale (one draw for the whole batch) and of drop_path, needed in training when
+        one of them is on, not read otherwise. Raises ValueError for shapes that do not fit.
+        """
+        grid = self._grid(images_B3HW, mask)
+        if self.training and generator is None and (self.config.drop_path or self.config.rope_rescale):
+            raise ValueError("a training forward with vit.rope_rescale or vit.drop_path must be given a generator")
+        x_BND = self._embed(images_B3HW, mask, grid)
+        rope = self._rope(grid, x_BND.device, generator) if self.pos_embed is None else None
+        kept = self._draw_kept(len(x_BND), generator, x_BND.device) if self.training else None
+        for i, block in enumerate(self.blocks):
+            x_BND = block(x_BND, rope, None if kept is None else kept[i])
+        x_BND = self.norm(x_BND)
+        n_prefix = 1 + self.config.n_registers
+        return Tokens(x_BND[:, 0], x_BND[:, 1:n_prefix], x_BND[:, n_prefix:])
+
+    def _grid(self, images: Tensor, mask: Tensor | None) -> tuple[int, int]:
+        p = self.config.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % p or images.shape[3] % p or not images.numel():
+            raise ValueError(f"images must be (B, 3, H, W) with sides that are multiples of {p}: got {images.shape}")
+        grid = (images.shape[2] // p, images.shape[3] // p)
+        expected = (len(images), grid[0] * grid[1])
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != expected):
+            raise ValueError(f"mask must be bool {expected}: got {mask.dtype} {tuple(mask.shape)}")
+        return grid
+
+    def _embed(self, images: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        x_BPD = self.patch_embed(images.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        cls_11D = self.cls_token + 0 * self.mask_token  # a gradient, be it 0, without a mask too
+        if mask is not None:
+            x_BPD = torch.where(mask[:, :, None], self.mask_token.to(x_BPD.dtype), x_BPD)
+        if self.pos_embed is not None:
+            pos_1ND = resize_positions(self.pos_embed, grid)
+            cls_11D, x_BPD = cls_11D + pos_1ND[:, :1], x_BPD + pos_1ND[:, 1:]
+        b = len(images)
+        return torch.cat([cls_11D.expand(b, -1, -1), self.registers.expand(b, -1, -1), x_BPD], dim=1)
+
+    def _rope(self, grid: tuple[int, int], device: torch.device, generator: torch.Generator | None) -> Rope:
+        config, scale = self.config, 1.0
+        head_width, n_prefix = config.width // config.heads, 1 + config.n_registers
+        if self.training and config.rope_rescale and generator is not None:
+            u = torch.rand((), generator=generator, device=generator.device).item()
+            scale = config.rope_rescale ** (2 * u - 1)
+            return rope_tables(grid, head_width, n_prefix, config.rope_base, scale=scale, device=str(device))
+        key = (*grid, str(device))
+        if key not in self._tables:
+            if len(self._tables) >= _MAX_CACHED_GRIDS:
+                self._tables.clear()
+            with torch.inference_mode(False):  # a table made in inference mode could not serve training later
+                self._tables[key] = rope_tables(grid, head_width, n_prefix, config.rope_base, device=str(device))
+        return self._tables[key]
+
+    def _draw_kept(self, b: int, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
+        """int64 (depth, 2, n): for each branch n = max(floor(B (1 - drop_path)), 1) images, without order."""
+        if not self.config.drop_path or generator is None:
+            return None
+        n = max(int(b * (1 - self.config.drop_path) + 1e-6), 1)
+        noise = torch.rand(self.config.depth, 2, b, generator=generator, device=generator.device)
+        return noise.argsort(dim=-1, stable=True)[..., :n].to(device, non_blocking=True)
+
+
+def resize_positions(pos_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Learned positions (1, 1 + S * S, D) for another grid: (1, 1 + H * W, D).
+
+    CLS keeps its own; the square S x S is resized bicubically with antialiasing, in float32. The
+    native grid gives back the same values.
+    """
+    side = math.isqrt(pos_1ND.shape[1] - 1)
+    if grid == (side, side):
+        return pos_1ND
+    square_1DSS = pos_1ND[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(square_1DSS, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([pos_1ND[:, :1], resized.flatten(2).transpose(1, 2).to(pos_1ND.dtype)], dim=1)
+
+
+def _initial_value(name: str, value: Tensor, config: ViTConfig, generator: torch.Generator) -> Tensor:
+    """Initial value of one parameter, as DINOv3; ``value`` is overwritten.
+
+    Matrices, tokens and positions N(0, 0.02): the truncation of the published trunc_normal lies at 100 sigma.
+    """
+    leaf = name.rpartition(".")[2]
+    if name.startswith("patch_embed."):
+        bound = (3 * config.patch_size**2) ** -0.5
+        return value.uniform_(-bound, bound, generator=generator)
+    if leaf in ("ls1", "ls2"):
+        return value.fill_(config.layer_scale or 0)
+    if leaf in ("bias", "mask_token"):
+        return value.zero_()
+    if name.rpartition(".")[0].rpartition(".")[2].startswith("norm"):
+        return value.fill_(1)
+    return value.normal_(0, 0.02, generator=generator)

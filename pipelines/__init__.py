@@ -1,0 +1,1 @@
+"""Recipes, the engine that runs them, the executors, one thin function a stage, and the command line."""

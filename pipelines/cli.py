@@ -1,0 +1,191 @@
+"""The command line: ``openlvd run | plan | status | demo``.
+
+Data goes to stdout, everything for people's eyes while they wait to stderr. Exit code 2 for what the user can
+mend, 1 for a run that failed.
+"""
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")  # before the math libraries are loaded; why: see pipelines.numerics
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from curation.store import Location
+from pipelines.engine import StepResult, last_seconds, plan_recipe, read_root, run_recipe
+from pipelines.errors import TaskError, UserError
+from pipelines.executor import LocalExecutor, RayExecutor, Resources
+from pipelines.progress import StepProgress
+from pipelines.recipe import Recipe, read_recipe
+from pipelines.stages.table import STAGES
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The recipe to run.")]
+Root = Annotated[str | None, typer.Option(help="Where artifacts go: a folder or s3://bucket/prefix.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="STEP.KEY=VALUE", help="Change the recipe.")]
+Until = Annotated[str | None, typer.Option(metavar="STEP", help="Stop after this step.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a step on stdout.")]
+ExecutorName = Annotated[str, typer.Option("--executor", help="serial (this process) or ray.")]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster; without it Ray runs in processes of this machine.")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    root: Root = None,
+    overrides: Overrides = None,
+    executor: ExecutorName = "serial",
+    address: Address = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the steps of a recipe; what is done already is not done again."""
+    parsed = read_recipe(Location(recipe), overrides or [], STAGES)
+    target = root_of(parsed, root)
+    show_results(run_steps(parsed, target, executor, address, until, quiet=as_json), as_json)
+
+
+def run_steps(
+    recipe: Recipe, root: Location, executor: str, address: str | None, until: str | None = None, quiet: bool = False
+) -> Iterator[StepResult]:
+    """Run a recipe with progress on stderr; each step's result as it is there."""
+    with open_executor(executor, address, recipe.resources) as engine, StepProgress(quiet) as progress:
+        for result in run_recipe(recipe, root, engine, until, progress.start, progress.say):
+            progress.stop()
+            progress.say(result_line(result))
+            yield result
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    root: Root = None,
+    overrides: Overrides = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run would do and what is done already; nothing is executed."""
+    parsed = read_recipe(Location(recipe), overrides or [], STAGES)
+    show_results(plan_recipe(parsed, root_of(parsed, root), until), as_json)
+
+
+@app.command()
+def status(root: Annotated[str, typer.Argument(metavar="ROOT")], as_json: AsJson = False) -> None:
+    """The steps of the last run on a root."""
+    results = []
+    for name, artifact in read_root(Location(root)).items():
+        if artifact is None or not artifact.is_complete():
+            results.append(StepResult(name, "", "to do", {}, 0.0, None))
+        else:
+            seconds = last_seconds(artifact)
+            results.append(StepResult(name, artifact.stage, "done", artifact.counts, seconds, artifact.location))
+    show_results(results, as_json)
+
+
+@app.command()
+def demo(
+    root: Annotated[str, typer.Option(help="Where the demo's pool and its run go.")] = "demo",
+    overrides: Overrides = None,
+    executor: ExecutorName = "ray",
+    as_json: AsJson = False,
+) -> None:
+    """Curate a pool made of real handwritten digits, train on it, and measure what was planted."""
+    from pipelines.demo import run_demo
+
+    run_demo(Location(root).resolved(), overrides or [], executor, as_json)
+
+
+def root_of(recipe: Recipe, given: str | None) -> Location:
+    """The root of a run: the option, or the recipe's own. Raises UserError."""
+    if not (given or recipe.root):
+        raise UserError("a run needs a root: got none", "give --root FOLDER, or write root: in the recipe")
+    return Location(given or recipe.root or "")
+
+
+@contextmanager
+def open_executor(name: str, address: str | None, resources: Resources) -> Iterator[LocalExecutor | RayExecutor]:
+    """The executor of a run, closed at its end."""
+    if name not in ("serial", "ray"):
+        raise UserError(f"--executor must be serial or ray: got {name!r}", "ray uses every core, serial only this one")
+    if name == "serial" and address:
+        raise UserError("--address needs --executor ray: got serial", "add --executor ray")
+    engine = LocalExecutor(resources) if name == "serial" else RayExecutor(resources, address or "local")
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def result_line(result: StepResult) -> str:
+    """One step in one line."""
+    counts = " ".join(f"{name} {value:,}" for name, value in result.counts.items())
+    time = f" {result.seconds:.1f} s" if result.seconds else ""
+    return f"{result.name:<12} {result.stage:<14} {result.state}{time}  {counts}"
+
+
+def show_results(results: Iterable[StepResult], as_json: bool) -> None:
+    """A table on stdout, or one JSON object a step as soon as it is there."""
+    seen = []
+    for result in results:
+        seen.append(result)
+        if as_json:
+            print(json.dumps(as_plain(result)), flush=True)
+    if not as_json:
+        Console().print(results_table(seen))
+
+
+def as_plain(result: StepResult) -> dict[str, Any]:
+    """A step's result as JSON-able values."""
+    location = str(result.location) if result.location else None
+    return {**asdict(result), "location": location, "seconds": round(result.seconds, 3)}
+
+
+def results_table(results: Iterable[StepResult]) -> Table:
+    """Rows in, kept, dropped and bad of every step."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("step", "stage", "state"):
+        table.add_column(name)
+    for name in ("rows", "kept", "dropped", "bad", "seconds"):
+        table.add_column(name, justify="right")
+    for r in results:
+        numbers = [f"{r.counts[name]:,}" if name in r.counts else "" for name in ("rows", "kept", "dropped", "bad")]
+        table.add_row(r.name, r.stage, r.state, *numbers, f"{r.seconds:.1f}" if r.seconds else "")
+    return table
+
+
+def main() -> None:
+    """The entry point: errors become one sentence, an empty line, a hint, and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except UserError as e:
+        stop(f"error: {e.message}", e.hint, 2)
+    except typer.TyperException as e:  # a wrong option or command
+        stop(f"error: {e.format_message().splitlines()[0]}", "openlvd --help lists commands and options", 2)
+    except typer.Abort:
+        stop("interrupted", "finished parts are kept; the same command goes on with the rest", 1)
+    except KeyboardInterrupt:
+        stop("interrupted", "finished parts are kept; the same command goes on with the rest", 1)
+    except TaskError as e:
+        stop(f"error: {e}", "finished parts are kept; the same command goes on with the rest", 1)
+    except ValueError as e:  # a location or an artifact that is not what it should be
+        stop(f"error: {e}", "check the path", 2)
+
+
+def stop(message: str, hint: str, code: int) -> None:
+    """Say what happened and leave."""
+    print(f"{message}\n\nhint: {hint}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

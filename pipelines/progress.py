@@ -1,0 +1,63 @@
+"""Progress on stderr: a live line for people at a terminal, one line a step for a log."""
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TaskID
+
+
+class StepProgress:
+    """Shows the step that is running: items done, rate, time left. Use as a context manager."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._task: TaskID | None = None
+        self._quiet = quiet
+
+    def __enter__(self) -> "StepProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if not self._quiet:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def start(self, name: str, stage: str) -> Callable[[int, int], None]:
+        """A new step; returns what is told how many of its items are done."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        task = self._task = self._bar.add_task(f"{name} ({stage})", total=None, rate="")
+        started = time.monotonic()
+
+        def update(done: int, total: int) -> None:
+            rate = done / max(time.monotonic() - started, 1e-6)
+            self._bar.update(task, completed=done, total=total, rate=f"{rate:.3g}/s")
+
+        return update
+
+    def stop(self) -> None:
+        """No step is running."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None

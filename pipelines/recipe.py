@@ -1,0 +1,197 @@
+"""Recipes: one YAML file, read strictly, with every mistake told in one sentence."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from curation.store import Location
+from pipelines.errors import UserError
+from pipelines.executor import Resources
+from pipelines.stage import Stage
+
+Config = TypeVar("Config")
+TOP_KEYS = ("seed", "root", "resources", "steps")
+STEP = "(a step)"  # stands in a config where the value is an input
+
+
+@dataclass(frozen=True)
+class Step:
+    """A named entry of a recipe: what to do, and with the output of which earlier steps."""
+
+    name: str
+    stage: str
+    config: Any
+    inputs: Mapping[str, str]  # input name -> step name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe, checked."""
+
+    seed: int
+    root: str | None
+    resources: Resources
+    steps: tuple[Step, ...]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe subset, in which a key may not stand twice."""
+
+
+def _mapping_without_doubles(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value if key.value != "<<"]
+    for i, key in enumerate(keys):
+        if key in keys[:i]:
+            raise UserError(f"a key must stand once: got {key!r} twice{node.start_mark}", "rename one of the two")
+    loader.flatten_mapping(node)  # "<<: *name" stands for the keys of another mapping; its own keys win
+    return dict(loader.construct_pairs(node, deep=True))
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_doubles)
+
+
+def read_recipe(location: Location, overrides: Sequence[str], stages: Mapping[str, Stage]) -> Recipe:
+    """Read a recipe file and apply ``step.key=value`` overrides. Raises UserError."""
+    try:
+        text = location.read().decode()
+    except (FileNotFoundError, IsADirectoryError) as e:
+        raise UserError(f"no recipe {location}", "give the path of a YAML file; see the README for one") from e
+    tree = parse_yaml(text, location.name)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_recipe(tree, stages)
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """YAML text as a mapping. Raises UserError."""
+    try:
+        tree = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  # a SafeLoader
+    except yaml.YAMLError as e:
+        raise UserError(f"{name} must be YAML: {' '.join(str(e).split())}", "check indentation and colons") from e
+    if not isinstance(tree, dict):
+        raise UserError(f"{name} must be a mapping with {', '.join(TOP_KEYS)}: got {type(tree).__name__}", "add steps:")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in a parsed recipe; the value is YAML. Only steps that exist can be changed."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or len(keys) > 2 or not all(keys):
+        raise UserError(f"--set must be step.key=value: got {override!r}", "for example --set balanced.target=400")
+    value = yaml.safe_load(text)
+    if len(keys) == 1:
+        tree[keys[0]] = value
+        return
+    name, key = keys
+    if name == "resources":
+        owner = tree.setdefault("resources", {})
+    else:
+        steps = tree.get("steps") or {}
+        if name not in steps:
+            raise UserError(f"--set names step {name!r}, which is not in the recipe", did_you_mean(name, steps))
+        owner = steps[name]
+    owner[key] = value
+
+
+def parse_recipe(tree: Mapping[str, Any], stages: Mapping[str, Stage]) -> Recipe:
+    """Check a parsed recipe from top to bottom: a step may read only the steps above it. Raises UserError."""
+    for key in tree:
+        if key not in TOP_KEYS:
+            raise UserError(f"a recipe has no key {key!r}", did_you_mean(str(key), TOP_KEYS))
+    seed, steps, root = tree.get("seed", 0), tree.get("steps"), tree.get("root")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise UserError(f"seed must be an integer of at least 0: got {seed!r}", "write for example seed: 0")
+    if root is not None and not isinstance(root, str):
+        raise UserError(f"root must be a path or an S3 URI: got {root!r}", "write for example root: runs/first")
+    if not isinstance(steps, dict) or not steps:
+        raise UserError("a recipe must have steps: got none", "write steps: and below it name: {stage: ...}")
+    resources = structure(Resources, tree.get("resources") or {}, "resources")
+    done: list[Step] = []
+    for name, entry in steps.items():
+        done.append(parse_step(str(name), entry, done, stages, seed))
+    return Recipe(seed, root, resources, tuple(done))
+
+
+def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[str, Stage], seed: int) -> Step:
+    """One step: its stage, its inputs by name, the rest into its config."""
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise UserError(f"a step's name must be letters, digits, - and _: got {name!r}", "it names a folder")
+    if not isinstance(entry, dict) or "stage" not in entry:
+        raise UserError(f"{name} must be a mapping with a stage: got {entry!r}", f"stages are {', '.join(stages)}")
+    values = dict(entry)
+    kind = values.pop("stage")
+    if kind not in stages:
+        raise UserError(f"{name}.stage must be a known stage: got {kind!r}", did_you_mean(str(kind), stages))
+    stage = stages[kind]
+    inputs: dict[str, str] = {}
+    for key, kinds in {**stage.reads, **stage.optional, **stage.step_or_value}.items():
+        value = values.get(key)
+        if key in stage.step_or_value and value not in [step.name for step in earlier]:
+            continue
+        values.pop(key, None)
+        if value is not None:
+            inputs[key] = find_input(f"{name}.{key}", value, kinds, earlier)
+        elif key in stage.reads:
+            raise UserError(f"{name} must name its {key}: got none", f"add {key}: and a step of stage {or_list(kinds)}")
+        if key in stage.step_or_value:
+            values[key] = STEP
+    if stage.reads_all:
+        inputs |= {step.name: step.name for step in earlier}
+    if "seed" in {field.name for field in fields(stage.config)}:
+        values.setdefault("seed", seed)
+    return Step(name, kind, structure(stage.config, values, name), inputs)
+
+
+def find_input(key: str, value: Any, kinds: Sequence[str], earlier: Sequence[Step]) -> str:
+    """The name of an earlier step of a fitting kind."""
+    names = {step.name: step.stage for step in earlier}
+    if not isinstance(value, str) or value not in names:
+        fitting = [name for name, kind in names.items() if kind in kinds]
+        raise UserError(f"{key} must name an earlier step: got {value!r}", did_you_mean(str(value), fitting))
+    if names[value] not in kinds:
+        raise UserError(
+            f"{key} must name a step of stage {or_list(kinds)}: got {value!r}, a {names[value]} step",
+            did_you_mean("", [name for name, kind in names.items() if kind in kinds]),
+        )
+    return value
+
+
+def structure(kind: type[Config], values: Any, owner: str) -> Config:
+    """A config dataclass from plain values, strictly: no unknown key, no conversion. Raises UserError."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(values, dict):
+        raise UserError(f"{owner} must be a mapping: got {values!r}", f"its keys are {', '.join(names)}")
+    for key in values:
+        if key not in names:
+            raise UserError(f"{owner} has no key {key!r}", did_you_mean(str(key), names))
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as e:
+        error = e.errors()[0]
+        if error["type"] == "value_error":  # the config's own sentence
+            raise UserError(str(error["ctx"]["error"]), f"change it in step {owner}") from e
+        if error["type"] == "missing":
+            raise UserError(f"{owner} must have {error['loc'][0]}: got none", f"add {error['loc'][0]}: to it") from e
+        path = ".".join([owner, *(str(piece) for piece in error["loc"])])
+        message = error["msg"].removeprefix("Input should be ")
+        raise UserError(f"{path} must be {message}: got {error['input']!r}", "see the key's comment for unit and range") from e
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """A hint with the nearest known words, or all of them."""
+    names = [str(name) for name in known]
+    close = get_close_matches(word, names, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known are {', '.join(names)}" if names else "there is none yet: put such a step above this one"
+
+
+def or_list(names: Sequence[str]) -> str:
+    """``a, b or c``."""
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]

@@ -1,0 +1,110 @@
+"""What a stage is to the engine: its config, what it reads, and a function that makes parts and counts.
+
+    run(config, inputs, out, executor) -> counts
+
+``inputs`` has the artifacts by name and, for a stage that reads from outside, ``found``: what its ``look`` listed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from curation.artifact import Artifact, Counts, FileInfo, describe
+from curation.execute import Executor, Ref
+from curation.store import Entry, Location
+
+Item = TypeVar("Item")
+Inputs = Mapping[str, Any]
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One kind of step."""
+
+    version: int  # raised when the bytes of its output change for equal input
+    config: type  # a frozen dataclass
+    run: Callable[[Any, Inputs, "Output", Executor], Counts]
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # input -> the stages it may come from
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs that may be left out
+    step_or_value: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a step, or else a value of the config
+    reads_all: bool = False  # every earlier step is an input, under its own name
+    locations: tuple[str, ...] = ()  # config fields that say where, not what: kept out of the fingerprint
+    look: Callable[[Any], tuple[Sequence[Entry] | None, Any]] | None = None  # what is found outside, and ``found``
+
+
+class Output:
+    """The artifact of a step while it is made: where, and which files are whole."""
+
+    def __init__(self, location: Location, executor: Executor) -> None:
+        self.location = location
+        self.files: list[FileInfo] = []
+        self.facts: dict[str, Any] = {}
+        self._executor = executor
+
+    @property
+    def artifact(self) -> Artifact:
+        """The place in a form that travels to workers."""
+        return Artifact(self.location)
+
+    def scratch(self, name: str) -> Location:
+        """A place for what the step needs on its way and nobody afterwards."""
+        return self.location / SCRATCH / name
+
+    def make(
+        self,
+        work: Callable[..., Any],
+        items: Sequence[Item],
+        names: Sequence[Sequence[str]],
+        shared: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Have every item's files made, except those that an interrupted run left whole.
+
+        ``work(item, **shared)`` writes the files ``names[i]``, the last of them last, and returns their ``FileInfo``,
+        one or several.
+        """
+        todo = self._missing(items, names)
+        self._add(self._executor.map(work, todo, shared))
+
+    def make_by_workers(
+        self,
+        make: Callable[[], Callable[[Item], Any]],
+        items: Sequence[Item],
+        names: Sequence[Sequence[str]],
+        gpus: float = 0,
+    ) -> None:
+        """As ``make``, by workers that load something first: ``make()`` gives what does an item."""
+        todo = self._missing(items, names)
+        self._add(self._executor.map_workers(make, todo, gpus))
+
+    def _missing(self, items: Sequence[Item], names: Sequence[Sequence[str]]) -> list[Item]:
+        """The items that are still to be done; the files of the others are described."""
+        there = {entry.name for entry in self.location.list()} if self.location.is_folder() else set()
+        whole = [all(name in there for name in some) for some in names]
+        kept = [self.location / name for some, done in zip(names, whole, strict=True) if done for name in some]
+        self._add(self._executor.map(describe, kept))
+        return [item for item, done in zip(items, whole, strict=True) if not done]
+
+    def _add(self, made: Iterable[Any]) -> None:
+        for files in made:
+            self.files += [files] if isinstance(files, FileInfo) else files
+
+
+def part_span(artifact: Artifact) -> list[tuple[int, int, int]]:
+    """(index, position of its first row, rows) of every part: what a task needs to know of a pool's part."""
+    starts = artifact.starts
+    return [(i, int(starts[i]), part.rows) for i, part in enumerate(artifact.parts)]
+
+
+def on_worker(executor: Executor, fn: Callable[..., Any], shared: Mapping[str, Any]) -> Ref[Any]:
+    """``fn(**shared)`` in one task; its value stays where it was made, so the driver never holds O(rows)."""
+    return executor.reduce(partial(_without_item, fn), [None], _never_merged, shared=shared)
+
+
+def _without_item(fn: Callable[..., Any], _: None, **shared: Any) -> Any:
+    return fn(**shared)
+
+
+def _never_merged(a: Any, b: Any) -> Any:
+    raise AssertionError("one item has nothing to merge with")

@@ -1,0 +1,235 @@
+"""``pool``: what there is, looked at once, without exact copies, numbered for good.
+
+Scan (a unit a task), exact duplicates (a hash partition a task), numbered parts (a unit a task). What the passes
+hand to one another lies in scratch files, so an interrupted pool goes on where it was.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.artifact import Counts, FileInfo, add_counts, part_name, read_table, write_table
+from curation.execute import Executor
+from curation.pool import (
+    DUPLICATE_RECORD,
+    KEY_RECORD,
+    KEYS_PER_PARTITION,
+    POOL_SCHEMA,
+    REJECTED_SCHEMA,
+    SCAN_SCHEMA,
+    PoolConfig,
+    find_duplicates,
+    key_partition,
+    key_records,
+    part_sizes,
+)
+from curation.shuffle import read_shuffle, write_shuffle
+from curation.sources import Listing, Record, Unit, list_source, plan_units, read_unit, split_parquet
+from curation.store import Entry, Location
+from pipelines.errors import UserError
+from pipelines.stage import Inputs, Output, Stage
+
+BAD_REASONS = ("undecodable", "too_large")  # images that are broken, not merely unwanted
+SCAN_BATCH = 1024  # rows of Python values at a time before they become Arrow
+
+
+class Task(NamedTuple):
+    """A unit and its place among all units."""
+
+    number: int
+    unit: Unit
+
+
+def look(config: PoolConfig) -> tuple[Sequence[Entry], Listing]:
+    """List the source; there must be something."""
+    source = Location(config.source).resolved()
+    listing = list_source(source)
+    if not listing.entries:
+        raise UserError(
+            f"{config.source} must hold images, tars or Parquet files: got none",
+            "hidden files and metadata (.json, .txt, ...) are not images",
+        )
+    return listing.entries, listing
+
+
+def run(config: PoolConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
+    """Write ``part-*`` (kept rows) and ``rejected-*`` (the others, with the reason)."""
+    listing: Listing = inputs["found"]
+    tasks = _tasks(config, listing, executor)
+    scans = out.scratch("scan")
+    made = {entry.name for entry in scans.list()} if scans.is_folder() else set()
+    todo = [task for task in tasks if part_name(task.number) not in made]
+    for _ in executor.map(partial(scan, config=config, root=listing.root, out=scans), todo):
+        pass
+    n_kept = mark_duplicates(len(tasks), out, executor)
+    first_part, sizes = part_sizes(n_kept, config.part_rows)
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    names = [
+        [part_name(i, "rejected"), *(part_name(p) for p in range(first_part[i], first_part[i + 1]))]
+        for i in range(len(tasks))
+    ]
+    items = [(i, int(first_part[i]), int(starts[first_part[i]])) for i in range(len(tasks))]
+    n_partitions = partitions(len(tasks), out)
+    number = partial(write_unit, out=out.location, scratch=out.scratch(""), n_partitions=n_partitions,
+                     part_rows=config.part_rows)  # fmt: skip
+    out.make(number, items, names)
+    counts = {"rows": 0, "kept": 0, "dropped": 0, "bad": 0, **add_counts(file.counts for file in out.files)}
+    counts["ignored_files"] = listing.ignored
+    check_counts(config, counts, out)
+    return counts
+
+
+def _tasks(config: PoolConfig, listing: Listing, executor: Executor) -> list[Task]:
+    split = partial(split_parquet, root=listing.root, part_rows=config.part_rows)
+    units = [unit for some in executor.map(split, plan_units(listing, config.part_rows)) for unit in some]
+    return [Task(i, unit) for i, unit in enumerate(units)]
+
+
+def scan(task: Task, config: PoolConfig, root: Location, out: Location) -> None:
+    """Look at every record of a unit: one row each, with a key and header facts, or with a reason."""
+    from embedding.decode import BadImage, check_size, inspect_image
+
+    def looked_at(record: Record) -> dict[str, object]:
+        row: dict[str, object] = {name: getattr(record, name, None) for name in SCAN_SCHEMA.names}
+        if record.data is None:
+            return {**row, "reason": "undecodable", "detail": record.detail}
+        row |= {"n_bytes": len(record.data), "key": sha256(record.data), "detail": None}
+        facts = inspect_image(record.data, config.max_pixels)
+        if isinstance(facts, BadImage):
+            return {**row, "reason": facts.reason, "detail": facts.detail}
+        row |= {"format": facts.format, "width": facts.width, "height": facts.height}
+        wrong = check_size(facts, config.min_side, config.max_aspect_ratio)
+        return row if wrong is None else {**row, "reason": wrong.reason, "detail": wrong.detail}
+
+    records = read_unit(root, task.unit, config.image_column, config.label_column)
+    write_table(out / part_name(task.number), rows_to_table(map(looked_at, records)))
+
+
+def sha256(data: bytes) -> str:
+    """The key of an image: the hash of its bytes."""
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def rows_to_table(rows: Iterator[dict[str, object]]) -> pa.Table:
+    """Rows of SCAN_SCHEMA as a table, a batch of Python values at a time."""
+    batches: list[pa.RecordBatch] = []
+    waiting: list[dict[str, object]] = []
+    for row in rows:
+        waiting.append(row)
+        if len(waiting) == SCAN_BATCH:
+            batches.append(pa.RecordBatch.from_pylist(waiting, SCAN_SCHEMA))
+            waiting = []
+    batches.append(pa.RecordBatch.from_pylist(waiting, SCAN_SCHEMA))
+    return pa.Table.from_batches(batches, SCAN_SCHEMA)
+
+
+def partitions(n_units: int, out: Output) -> int:
+    """How many hash partitions: noted by the first pass over the keys."""
+    return int(out.scratch("n_partitions").read())
+
+
+def mark_duplicates(n_units: int, out: Output, executor: Executor) -> np.ndarray:
+    """Find the rows whose bytes an earlier row has. Returns the number of kept rows of each unit, int64."""
+    scratch = out.scratch("")
+    n_good = np.array(list(executor.map(partial(count_good, scratch=scratch), range(n_units))), np.int64)
+    n_partitions = max(1, -(-int(n_good.sum()) // KEYS_PER_PARTITION))
+    out.scratch("n_partitions").write(str(n_partitions).encode())
+    for _ in executor.map(partial(spread_keys, scratch=scratch, n_partitions=n_partitions), range(n_units)):
+        pass
+    find = partial(duplicates_of_partition, scratch=scratch, n_units=n_units)
+    n_again = executor.reduce(find, range(n_partitions), np.add)
+    return n_good - n_again.get()
+
+
+def count_good(unit: int, scratch: Location) -> int:
+    """Rows of a unit that nothing is wrong with."""
+    reasons = read_table(scratch / "scan" / part_name(unit), ["reason"])["reason"]
+    return int(reasons.null_count)
+
+
+def spread_keys(unit: int, scratch: Location, n_partitions: int) -> None:
+    """Send the keys of a unit's good rows to their hash partitions."""
+    scanned = read_table(scratch / "scan" / part_name(unit), ["key", "reason"]).combine_chunks()
+    good_keys = pc.if_else(scanned["reason"].is_null(), scanned["key"], None).combine_chunks()
+    records, _ = key_records(good_keys, unit)
+    write_shuffle(scratch / "keys" / f"{unit}", records, key_partition(records, n_partitions), n_partitions)
+
+
+def duplicates_of_partition(partition: int, scratch: Location, n_units: int) -> np.ndarray:
+    """Find the duplicates of a hash partition and send them back to their units. Returns their number by unit."""
+    records = np.concatenate([read_shuffle(scratch / "keys" / f"{u}", KEY_RECORD, partition) for u in range(n_units)])
+    found, unit = find_duplicates(records)
+    write_shuffle(scratch / "duplicates" / f"{partition}", found, unit, n_units)
+    n_again: np.ndarray = np.bincount(unit, minlength=n_units)
+    return n_again
+
+
+def write_unit(
+    item: tuple[int, int, int], out: Location, scratch: Location, n_partitions: int, part_rows: int
+) -> list[FileInfo]:
+    """Write the kept rows of a unit as numbered parts, and its rejected rows."""
+    unit, first_part, row_id = item
+    scanned = read_table(scratch / "scan" / part_name(unit)).combine_chunks()
+    again = np.concatenate(
+        [read_shuffle(scratch / "duplicates" / f"{p}", DUPLICATE_RECORD, unit) for p in range(n_partitions)]
+    )
+    rejected = reject_duplicates(scanned, again)
+    files = [write_rejected(out / part_name(unit, "rejected"), rejected)]
+    kept = scanned.filter(pc.is_null(rejected["reason"]))
+    for k, start in enumerate(range(0, kept.num_rows, part_rows)):
+        rows = kept.slice(start, part_rows)
+        ids = pa.array(np.arange(row_id + start, row_id + start + rows.num_rows))
+        table = rows.append_column("row_id", ids).select(POOL_SCHEMA.names)
+        counts = {"rows": rows.num_rows, "kept": rows.num_rows}
+        files.append(write_table(out / part_name(first_part + k), table, counts))
+    return files
+
+
+def reject_duplicates(scanned: pa.Table, again: np.ndarray) -> pa.Table:
+    """The scanned rows with reason ``exact_duplicate`` where ``again`` (DUPLICATE_RECORD) says so."""
+    mask = np.zeros(scanned.num_rows, bool)
+    mask[again["row"]] = True
+    table = scanned
+    for name, text in (("reason", "exact_duplicate"), ("detail", "same bytes as the kept image of this key")):
+        column = pc.if_else(pa.array(mask), pa.scalar(text), scanned[name])
+        table = table.set_column(table.schema.get_field_index(name), name, column)
+    return table
+
+
+def write_rejected(location: Location, table: pa.Table) -> FileInfo:
+    """Write the rows that have a reason, counted by reason."""
+    rejected = table.filter(pc.is_valid(table["reason"])).select(REJECTED_SCHEMA.names)
+    reasons = rejected["reason"].value_counts().to_pylist()
+    by_reason = {str(entry["values"]): int(entry["counts"]) for entry in reasons}
+    bad = sum(by_reason.get(reason, 0) for reason in BAD_REASONS)
+    counts = {"rows": rejected.num_rows, "dropped": rejected.num_rows - bad, "bad": bad}
+    return write_table(location, rejected, counts | dict(sorted(by_reason.items())))
+
+
+def check_counts(config: PoolConfig, counts: Counts, out: Output) -> None:
+    """Stop when too many images are bad, or none is left."""
+    rejected = [file.name for file in out.files if file.name.startswith("rejected-") and file.rows]
+    examples = []
+    for name in rejected[:20]:
+        table = read_table(out.location / name)
+        examples += [f"{r['source']} ({r['detail']})" for r in table.to_pylist() if r["reason"] in BAD_REASONS]
+    if counts["bad"] > config.max_bad_fraction * counts["rows"]:
+        raise UserError(
+            f"at most {config.max_bad_fraction:.3g} of the images may be bad (max_bad_fraction): "
+            f"got {counts['bad']} of {counts['rows']}, first {'; '.join(examples[:3])}",
+            "look at the files named; raise max_bad_fraction if such a share is expected",
+        )
+    if counts["kept"] == 0:
+        raise UserError(
+            f"a pool must keep at least one image: got none of {counts['rows']}",
+            "see the reasons in the rejected-*.parquet files; min_side and max_aspect_ratio may be too strict",
+        )
+
+
+STAGE = Stage(version=1, config=PoolConfig, run=run, locations=("source",), look=look)

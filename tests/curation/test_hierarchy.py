@@ -1,0 +1,214 @@
+import numpy as np
+import pytest
+
+from curation.execute import SerialExecutor
+from curation.hierarchy import (
+    ClusterConfig,
+    Hierarchy,
+    Level,
+    closest_members,
+    fit_level,
+    group_rows,
+    hierarchical_kmeans,
+    resample,
+)
+from curation.kmeans import ArrayRows, SubsetRows, fit_centroids, kmeans, nearest_centroid
+
+
+def two_squares(rng, dense, sparse):
+    """Uniform points on two unit squares, 5 apart."""
+    corners = np.repeat([[0, 0], [5, 0]], [dense, sparse], axis=0)
+    return (rng.random((dense + sparse, 2)) + corners).astype("f4")
+
+
+def ratio(centroids):
+    """Centroids on the dense square for each on the sparse one."""
+    return (centroids[:, 0] < 3).sum() / (centroids[:, 0] > 3).sum()
+
+
+# Zador (1982): the best centroids of a density p have density p ** (d / (d + 2)).
+def test_kmeans_flattens_density_by_zadors_exponent():
+    rng = np.random.default_rng(0)
+    x = two_squares(rng, 16_000, 1000)
+    assert ratio(kmeans(x, 250, rng, n_iter=30).centroids) == pytest.approx(16**0.5, rel=0.15)
+    line = np.concatenate([rng.random(13_500), rng.random(500) + 5]).astype("f4")[:, None]
+    assert ratio(kmeans(line, 100, rng, n_iter=30).centroids) == pytest.approx(27 ** (1 / 3), rel=0.15)
+
+
+def test_a_second_level_flattens_again():
+    rng = np.random.default_rng(1)
+    ratios = []
+    for _ in range(2):
+        levels = hierarchical_kmeans(two_squares(rng, 16_000, 1000), [500, 75], rng, n_resamples=0, n_iter=30).levels
+        assert ratio(levels[0].centroids) == pytest.approx(4, rel=0.15)
+        ratios.append(ratio(levels[1].centroids))
+    assert np.mean(ratios) == pytest.approx(2, rel=0.2)
+
+
+def test_resampling_makes_centroids_uniform():
+    rng = np.random.default_rng(2)
+    x = two_squares(rng, 16_000, 1000)
+    levels = hierarchical_kmeans(x, [500, 75], rng, resample_size=[8, 3], n_iter=15).levels
+    assert ratio(levels[0].centroids) < 2.2  # from 4
+    assert 0.7 < ratio(levels[1].centroids) < 1.35
+
+
+def test_every_level_is_a_kmeans_of_the_centroids_below():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2000, 6)).astype("f4")
+    hierarchy = hierarchical_kmeans(x, [100, 20, 5], rng, n_resamples=[2, 1, 0], resample_size=[5, 3, 0], n_iter=8)
+    points = x
+    for level, k in zip(hierarchy.levels, (100, 20, 5), strict=True):
+        assert level.centroids.shape == (k, 6) and level.centroids.dtype == np.float32
+        labels, sq_distance = nearest_centroid(points, level.centroids)
+        np.testing.assert_array_equal(level.labels, labels)
+        np.testing.assert_array_equal(level.sq_distance, sq_distance)
+        points = level.centroids
+    assert hierarchy.n_clusters == (100, 20, 5)
+
+
+def test_without_resampling_a_level_is_one_kmeans():
+    x = np.random.default_rng(4).normal(size=(500, 3)).astype("f4")
+    seed = int(np.random.default_rng(0).integers(2**32))
+    plain = fit_centroids([ArrayRows(x)], 20, (seed, 0, 0), SerialExecutor())
+    for kwargs in ({"n_resamples": 0}, {"resample_size": 1}, {"resample_size": [0]}):
+        hierarchy = hierarchical_kmeans(x, [20], np.random.default_rng(0), **kwargs)
+        np.testing.assert_array_equal(hierarchy.levels[0].centroids, plain)
+
+
+def test_half_the_average_cluster_is_the_default_size():
+    x = np.random.default_rng(5).normal(size=(630, 3)).astype("f4")
+    half = hierarchical_kmeans(x, [30, 5], np.random.default_rng(0), n_resamples=2)
+    same = hierarchical_kmeans(x, [30, 5], np.random.default_rng(0), n_resamples=2, resample_size=[10, 3])
+    other = hierarchical_kmeans(x, [30, 5], np.random.default_rng(0), n_resamples=2, resample_size=[9, 3])
+    np.testing.assert_array_equal(half.levels[1].centroids, same.levels[1].centroids)
+    assert not np.array_equal(half.levels[0].centroids, other.levels[0].centroids)
+
+
+def test_a_resampling_is_a_fresh_kmeans_on_the_closest_rows():
+    x = np.random.default_rng(6).normal(size=(800, 4)).astype("f4")
+    first = fit_level([ArrayRows(x)], 30, 0, None, seed_key=(7,), executor=SerialExecutor())
+    second = fit_level([ArrayRows(x)], 30, 1, 6, seed_key=(7,), executor=SerialExecutor())
+    rows = brute_closest(*nearest_centroid(x, first), 30, 6)
+    expected = fit_centroids([SubsetRows(ArrayRows(x), rows)], 30, (7, 1), SerialExecutor())
+    np.testing.assert_array_equal(second, expected)
+
+
+def brute_closest(labels, sq_distance, n_clusters, size):
+    order = np.lexsort((np.arange(len(labels)), sq_distance))
+    return np.sort(np.concatenate([order[labels[order] == c][:size] for c in range(n_clusters)]))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_closest_members_of_many_parts_match_a_sort(seed):
+    rng = np.random.default_rng(seed)
+    n, k, size = (int(rng.integers(low, high)) for low, high in ((1, 500), (1, 30), (1, 12)))
+    labels = rng.integers(0, k, n).astype("i4")
+    sq_distance = rng.integers(0, rng.choice([1, 4, 1000]), n).astype("f4")  # many ties
+    cuts = np.sort(rng.integers(0, n + 1, size=int(rng.integers(0, 9))))
+    parts = zip(np.split(labels, cuts), np.split(sq_distance, cuts), strict=True)
+    chosen = closest_members(parts, k, size)
+    starts = [0, *cuts]
+    assert len(chosen) == len(starts) and all(rows.dtype == np.int64 for rows in chosen)
+    found = np.concatenate([rows + start for rows, start in zip(chosen, starts, strict=True)])
+    np.testing.assert_array_equal(found, brute_closest(labels, sq_distance, k, size))
+
+
+@pytest.mark.parametrize("n_parts", [3, 20])
+def test_parts_give_what_one_array_gives(n_parts):
+    """Groups far apart, one a cluster: rounding of the sums cannot change who is closest to what."""
+    rng = np.random.default_rng(8)
+    x = (10 * rng.normal(size=(25, 5))[rng.integers(25, size=3000)] + 0.1 * rng.normal(size=(3000, 5))).astype("f4")
+    whole = fit_level([ArrayRows(x)], 25, 3, 20, seed_key=(1, 0), executor=SerialExecutor())
+    cuts = np.sort(rng.integers(0, 3000, n_parts - 1))
+    parts = [ArrayRows(piece) for piece in np.split(x, cuts)]
+    streamed = fit_level(parts, 25, 3, 20, seed_key=(1, 0), executor=SerialExecutor())
+    np.testing.assert_allclose(streamed, whole, atol=1e-5)
+
+
+def test_seeds_repeat_and_differ():
+    x = np.random.default_rng(9).normal(size=(400, 3)).astype("f4")
+    first, same, other = (
+        hierarchical_kmeans(x, [40, 5], np.random.default_rng(s), n_resamples=2).levels[1].centroids for s in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+def test_small_inputs():
+    x = np.random.default_rng(0).normal(size=(3, 2))
+    hierarchy = hierarchical_kmeans(x, [10, 5], np.random.default_rng(0))
+    assert hierarchy.n_clusters == (3, 3)
+    copies = hierarchical_kmeans(np.ones((50, 2), "f4"), [5, 2], np.random.default_rng(0))  # four clusters are empty
+    assert copies.n_clusters[0] <= 5 and not copies.levels[0].labels.any()
+
+
+def test_resampling_keeps_a_cluster_for_every_row_it_keeps():
+    x = np.repeat(np.eye(3, dtype="f4"), 5, axis=0)
+    centroids = resample([ArrayRows(x)], np.eye(3, dtype="f4"), 8, 2, seed_key=(0,), executor=SerialExecutor())
+    assert len(centroids) == 6  # three clusters, two rows of each
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("dtype", ["i4", "i8", "u2"])
+def test_groups_match_a_stable_sort(seed, dtype):
+    rng = np.random.default_rng(seed)
+    n_groups = int(rng.integers(1, 50))
+    labels = rng.integers(0, n_groups, size=int(rng.integers(0, 100))).astype(dtype)
+    groups = group_rows(labels, n_groups)
+    np.testing.assert_array_equal(groups.rows, np.argsort(labels, kind="stable"))
+    np.testing.assert_array_equal(np.diff(groups.offsets), np.bincount(labels, minlength=n_groups))
+    assert groups.offsets[0] == 0
+
+
+def test_groups_of_equal_size_and_of_none():
+    assert group_rows(np.array([1, 0, 1, 0]), 2).rows.tolist() == [1, 3, 0, 2]
+    assert group_rows(np.empty(0, int), 3).offsets.tolist() == [0, 0, 0, 0]
+    assert group_rows(np.empty(0, int), 0).offsets.tolist() == [0]
+
+
+def test_a_hierarchy_from_labels():
+    hierarchy = Hierarchy.from_labels([np.array([0, 2, 2, 1]), np.array([0, 1, 0, 1]), np.array([0, 0])])
+    assert hierarchy.n_clusters == (4, 2, 1)  # one leaf is empty
+    assert [level.centroids for level in hierarchy.levels] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: Hierarchy([]), "a hierarchy must have at least one level: got none"),
+        (
+            lambda: Hierarchy.from_labels([np.array([0, 3]), np.array([0, 0, 0])]),
+            r"level 0 must be in \[0, 3\).*0\.\.3",
+        ),
+        (lambda: Hierarchy.from_labels([np.array([0, 0]), np.array([0, -1])]), r"level 1 must be in \[0, 1\).*-1\.\.0"),
+        (lambda: Hierarchy.from_labels([np.array([0.0])]), r"labels of level 0 must be integers \(n,\): got float64"),
+        (lambda: Hierarchy.from_labels([np.zeros((2, 2), int)]), r"integers \(n,\): got int64 \(2, 2\)"),
+        (
+            lambda: Hierarchy([Level(np.zeros((3, 1)), np.array([0])), Level(None, np.array([0]))]),
+            "level 0 must have a centroid for each of its 1 clusters: got 3",
+        ),
+        (
+            lambda: Hierarchy([Level(None, np.array([0]), np.zeros(2, "f4"))]),
+            r"sq_distance of level 0 must have one value a label, \(1,\): got \(2,\)",
+        ),
+        (
+            lambda: hierarchical_kmeans(np.ones((9, 2)), [3, 2], np.random.default_rng(0), resample_size=[2]),
+            r"resample_size must be one number or one a level, 2 of them: got \[2\]",
+        ),
+        (lambda: group_rows(np.array([0, 5]), 5), r"labels must be in \[0, 5\): got 0..5"),
+        (lambda: ClusterConfig(n_clusters=()), r"cluster.n_clusters must be positive and get smaller"),
+        (lambda: ClusterConfig(n_clusters=(10, 10)), r"finest first: got \(10, 10\)"),
+        (lambda: ClusterConfig(n_clusters=(10, 0)), r"finest first: got \(10, 0\)"),
+        (
+            lambda: ClusterConfig(n_clusters=(10, 5), resample_size=(3,)),
+            r"one number a level: got \(3,\) for \(10, 5\)",
+        ),
+        (lambda: ClusterConfig(n_clusters=(10,), n_resamples=-1), "cluster.n_resamples must be at least 0: got -1"),
+        (lambda: ClusterConfig(n_clusters=(10,), n_iter=0), "cluster.n_iter must be at least 1: got 0"),
+        (lambda: ClusterConfig(n_clusters=(10,), seed=-3), "cluster.seed must be at least 0: got -3"),
+    ],
+)
+def test_what_does_not_fit_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

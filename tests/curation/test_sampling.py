@@ -1,0 +1,208 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from curation.hierarchy import Hierarchy, Level, group_rows
+from curation.sampling import SampleConfig, draw_leaf, equal_shares, leaf_quotas, ragged_shares, sample_hierarchy
+
+# sizes, target, copies -> base shares, remainder, children that may get one more
+QUOTAS = [
+    ([10, 20, 5], 25, 1, [10, 10, 5], 0, set()),
+    ([10, 3, 20, 7], 25, 1, [7, 3, 7, 7], 1, {0, 2}),
+    ([100, 50, 10, 1], 60, 1, [24, 24, 10, 1], 1, {0, 1}),
+    ([1000, 10, 10, 1], 100, 1, [79, 10, 10, 1], 0, set()),
+    ([1000, 10, 10, 1], 3, 1, [0, 0, 0, 0], 3, {0, 1, 2, 3}),
+    ([4, 2, 1], 20, 3, [11, 6, 3], 0, set()),
+    ([0, 4, 9], 6, 1, [0, 3, 3], 0, set()),
+    ([20000, 8000, 1000, 500, 200], 5000, 1, [1650, 1650, 1000, 500, 200], 0, set()),
+    ([3, 0, 5], 8, 1, [3, 0, 5], 0, set()),
+    ([3, 0, 5], 900, 1, [3, 0, 5], 0, set()),
+    ([3, 0, 5], 900, 2, [6, 0, 10], 0, set()),
+    ([3, 4], 0, 1, [0, 0], 0, set()),
+    ([0, 0], 5, 1, [0, 0], 0, set()),
+    ([], 5, 1, [], 0, set()),
+]
+
+
+@pytest.mark.parametrize("case", QUOTAS)
+def test_shares_of_known_cases(case):
+    sizes, target, copies, base, remainder, above = case
+    lucky = set()
+    for seed in range(40):
+        shares = equal_shares(np.array(sizes, int), target, np.random.default_rng(seed), copies)
+        assert shares.dtype == np.int64
+        more = shares - np.array(base, int)
+        assert set(np.unique(more)) <= {0, 1} and more.sum() == remainder
+        lucky |= set(np.flatnonzero(more).tolist())
+    assert lucky == above  # everyone who may get one more does, sooner or later
+
+
+def greedy_shares(caps, target):
+    """Max-min optimum, one unit at a time to whoever has least and has room."""
+    shares = [0] * len(caps)
+    for _ in range(min(target, sum(caps))):
+        i = min((i for i in range(len(caps)) if shares[i] < caps[i]), key=lambda i: shares[i])
+        shares[i] += 1
+    return sorted(shares)
+
+
+def test_shares_are_the_max_min_optimum():
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        copies = int(rng.integers(1, 4))
+        sizes = rng.integers(0, rng.choice([2, 5, 40]), size=int(rng.integers(1, 9)))
+        target = int(rng.integers(0, sizes.sum() * copies + 5))
+        shares = equal_shares(sizes, target, rng, copies)
+        assert shares.sum() == min(target, copies * sizes.sum())
+        assert (shares <= copies * sizes).all()
+        assert sorted(shares.tolist()) == greedy_shares((copies * sizes).tolist(), target)
+
+
+def test_greedy_is_the_lexicographic_optimum():
+    """The oracle itself, against all splits of a small case: the sorted shares, lowest first, are the largest."""
+    for caps, target in [((3, 1, 4), 5), ((0, 2, 2), 3), ((5, 5, 1), 7), ((1, 1, 1), 2)]:
+        splits = itertools.product(*(range(cap + 1) for cap in caps))
+        assert greedy_shares(caps, target) == max(sorted(split) for split in splits if sum(split) == target)
+
+
+def test_the_remainder_is_uniform():
+    counts = sum(equal_shares(np.array([5, 9, 1, 7, 6]), 18, np.random.default_rng(s)) for s in range(3000))
+    extra = counts - 3000 * np.array([4, 4, 1, 4, 4])
+    assert extra[2] == 0
+    np.testing.assert_allclose(extra[[0, 1, 3, 4]], 750, atol=4 * np.sqrt(3000 * 3 / 16))
+
+
+def test_ragged_shares_are_the_shares_of_each_group():
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        counts = rng.integers(0, 6, size=int(rng.integers(1, 9)))  # empty groups, first and last too
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        sizes, targets = rng.integers(0, 30, size=counts.sum()), rng.integers(0, 90, size=len(counts))
+        shares = ragged_shares(sizes, offsets, targets, rng, 2)
+        for g, (a, b) in enumerate(itertools.pairwise(offsets)):
+            assert sorted(shares[a:b].tolist()) == greedy_shares((2 * sizes[a:b]).tolist(), int(targets[g]))
+
+
+def random_hierarchy(rng, n_rows=300, n_clusters=(40, 12, 4)):
+    """Skewed labels with empty clusters on every level."""
+    labels, below = [], n_rows
+    for k in n_clusters:
+        labels.append((k * rng.random(below) ** 2).astype("i4"))
+        below = k
+    levels = [Level(None, labels[0], rng.integers(0, 5, n_rows).astype("f4")), *(Level(None, x) for x in labels[1:])]
+    return Hierarchy(levels)
+
+
+def rows_under(hierarchy):
+    """Node of every row on each level, finest first, and the root."""
+    nodes = [hierarchy.levels[0].labels]
+    for level in hierarchy.levels[1:]:
+        nodes.append(level.labels[nodes[-1]])
+    return [*nodes, np.zeros_like(nodes[0])]
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("pick", ["random", "closest"])
+def test_every_node_shares_its_rows_evenly(seed, pick):
+    rng = np.random.default_rng(seed)
+    hierarchy, copies = random_hierarchy(rng), int(rng.integers(1, 4))
+    n_rows = len(hierarchy.levels[0].labels)
+    target = int(rng.integers(0, copies * n_rows + 20))
+    rows = sample_hierarchy(hierarchy, target, rng, pick, copies)
+    assert rows.dtype == np.int64 and (np.diff(rows) >= 0).all() and len(rows) == min(target, copies * n_rows)
+    times = np.bincount(rows, minlength=n_rows)
+    nodes = rows_under(hierarchy)
+    for child, parent in itertools.pairwise(nodes):
+        for node in np.unique(parent):
+            inside = np.unique(child[parent == node])
+            caps = [copies * int((child == c).sum()) for c in inside]
+            drawn = [int(times[child == c].sum()) for c in inside]
+            assert sorted(drawn) == greedy_shares(caps, sum(drawn))
+    for leaf in np.unique(nodes[0]):
+        inside = times[nodes[0] == leaf]
+        assert inside.max() - inside.min() <= 1
+        if pick == "closest":  # by (distance, row)
+            order = np.lexsort((np.flatnonzero(nodes[0] == leaf), hierarchy.levels[0].sq_distance[nodes[0] == leaf]))
+            assert (np.diff(inside[order]) <= 0).all()
+
+
+@pytest.mark.parametrize("pick", ["random", "closest"])
+def test_the_pieces_of_the_stage_give_the_same_sample(pick):
+    hierarchy = random_hierarchy(np.random.default_rng(3))
+    labels, distance = hierarchy.levels[0].labels, hierarchy.levels[0].sq_distance
+    whole = sample_hierarchy(hierarchy, 420, np.random.default_rng(7), pick, 3)
+    seed = int(np.random.default_rng(7).integers(2**32))
+    groups = group_rows(labels, 40)
+    quotas = leaf_quotas(np.diff(groups.offsets), [level.labels for level in hierarchy.levels[1:]], 420, seed, 3)
+    pieces = []
+    for leaf in reversed(range(40)):  # any order: draws are keyed
+        members = groups.rows[groups.offsets[leaf] : groups.offsets[leaf + 1]]
+        near = distance[members] if pick == "closest" else None
+        pieces.append(draw_leaf(members, int(quotas[leaf]), seed, leaf, near))
+        assert len(pieces[-1]) == quotas[leaf]
+    np.testing.assert_array_equal(np.sort(np.concatenate(pieces)), whole)
+
+
+def test_a_flat_hierarchy_is_one_round_of_shares():
+    labels = np.repeat(np.arange(3), [10, 20, 5])
+    rows = sample_hierarchy(Hierarchy.from_labels([labels]), 25, np.random.default_rng(0))
+    assert np.bincount(labels[rows]).tolist() == [10, 10, 5]
+
+
+def test_an_upper_level_changes_the_balance():
+    """Two small clusters under one node share what one small cluster gets alone."""
+    labels = np.repeat(np.arange(3), 100)
+    rows = sample_hierarchy(Hierarchy.from_labels([labels, np.array([0, 0, 1])]), 80, np.random.default_rng(0))
+    assert np.bincount(labels[rows]).tolist() == [20, 20, 40]
+
+
+def test_seeds_repeat_and_differ():
+    hierarchy = random_hierarchy(np.random.default_rng(3))
+    first, same, other = (sample_hierarchy(hierarchy, 100, np.random.default_rng(s)) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+def test_draws_are_keyed_by_seed_and_leaf():
+    first, seed, leaf = (draw_leaf(np.arange(50), 20, *key) for key in ((1, 3), (2, 3), (1, 4)))
+    assert not np.array_equal(first, seed) and not np.array_equal(first, leaf) and not np.array_equal(seed, leaf)
+    labels = np.arange(60) % 7
+    quotas = [leaf_quotas(np.full(60, 9), [labels], 100, seed) for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(quotas[0], quotas[1])
+    assert not np.array_equal(quotas[0], quotas[2])
+    # both rounds have a remainder: the root's among 7 nodes, and each node's among its leaves
+    assert not np.array_equal(*(np.bincount(labels, quota) for quota in quotas[1:]))
+
+
+def test_a_random_leaf_is_uniform():
+    times = np.zeros(7)
+    for seed in range(3000):
+        times[draw_leaf(np.arange(7), 3, seed, 4)] += 1
+    np.testing.assert_allclose(times, 3000 * 3 / 7, atol=4 * np.sqrt(3000 * 12 / 49))
+
+
+def test_large_targets_do_not_overflow():
+    sizes = np.array([6 * 10**9, 4 * 10**9, 1])
+    shares = equal_shares(sizes, 10**10, np.random.default_rng(0), 4)
+    assert shares.tolist() == [5 * 10**9 - 2, 5 * 10**9 - 2, 4]
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda h, rng: sample_hierarchy(h, 5, rng, "furthest"), "pick must be 'random' or 'closest': got 'furthest'"),
+        (lambda h, rng: sample_hierarchy(h, 5, rng, "closest"), "level 0 has no sq_distance"),
+        (lambda h, rng: sample_hierarchy(h, -5, rng), "target -5"),
+        (lambda h, rng: sample_hierarchy(h, 5, rng, max_copies=0), "max_copies 0"),
+        (lambda h, rng: equal_shares(np.array([3, -1]), 2, rng), "sizes from -1"),
+        (lambda h, rng: draw_leaf(np.arange(0), 2, 0, 9), "quota 0: got 2 for leaf 9"),
+        (lambda h, rng: SampleConfig(target=0), "sample.target must be at least 1: got 0"),
+        (lambda h, rng: SampleConfig(target=1, max_copies=0), "sample.max_copies must be at least 1: got 0"),
+        (lambda h, rng: SampleConfig(target=1, seed=-1), "sample.seed must be at least 0: got -1"),
+        (lambda h, rng: SampleConfig(target=1, pick="far"), "sample.pick must be 'random' or 'closest': got 'far'"),
+    ],
+)
+def test_what_cannot_be_sampled_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(Hierarchy.from_labels([np.array([0, 1, 1])]), np.random.default_rng(0))

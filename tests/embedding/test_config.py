@@ -1,0 +1,21 @@
+import pytest
+
+from embedding.config import EmbedConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": ""}, "embed.backbone must be 'pixels', a folder or a Hugging Face name"),
+        ({"backbone": "pixels", "pooling": "max"}, r"embed.pooling must be one of .*: got 'max'"),
+        ({"backbone": "pixels", "max_pixels": 0}, "embed.max_pixels must be at least 1: got 0"),
+    ],
+)
+def test_configs_that_cannot_be_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        EmbedConfig(**options)
+
+
+def test_the_defaults_are_the_cls_token_and_half_a_gibibyte_of_pixels():
+    config = EmbedConfig(backbone="pixels")
+    assert (config.pooling, config.max_pixels) == ("cls", 178_956_970)

@@ -1,0 +1,100 @@
+"""Shards, images and configs small enough for a test."""
+
+import io
+import subprocess
+import sys
+import tarfile
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from curation.store import Location
+from training.augment import AugmentConfig
+from training.config import TrainConfig
+from training.stream import INDEX_SCHEMA
+
+torch.set_num_threads(1)
+
+
+def encode_png(image):
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "png")
+    return out.getvalue()
+
+
+def write_shards(folder, shards, counts=None):
+    """shards: a list of lists of (key, encoded bytes). counts: key to repeats, 1 where absent."""
+    row_id = 0
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i, samples in enumerate(shards):
+        rows, path = [], Path(folder) / f"shard-{i:07d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for key, data in samples:
+                info = tarfile.TarInfo(f"{key}.png")
+                info.size = len(data)
+                rows.append({"key": key, "row_id": row_id, "offset": tar.offset + 512, "length": len(data),
+                             "format": "png", "label": None, "width": 32, "height": 32,
+                             "count": (counts or {}).get(key, 1)})  # fmt: skip
+                tar.addfile(info, io.BytesIO(data))
+                row_id += 1
+        pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), Path(folder) / f"part-{i:07d}.parquet")
+    return Location(str(folder))
+
+
+@pytest.fixture
+def png():
+    return encode_png
+
+
+@pytest.fixture
+def make_shards():
+    return write_shards
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """1797 handwritten digits as uint8 (n, 32, 32, 3), and their labels."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = [Image.fromarray((x / 16 * 255).astype(np.uint8)).resize((32, 32), Image.BICUBIC) for x in data.images]
+    return np.stack([np.asarray(image.convert("RGB")) for image in images]), data.target
+
+
+@pytest.fixture(scope="session")
+def digit_shards(digits, tmp_path_factory):
+    """The first 600 digits in 3 shards."""
+    samples = [(f"{i:05d}", encode_png(image)) for i, image in enumerate(digits[0][:600])]
+    return write_shards(tmp_path_factory.mktemp("digits"), [samples[:200], samples[200:400], samples[400:]])
+
+
+MILD = AugmentConfig(
+    global_scale=(0.5, 1), local_scale=(0.2, 0.5), hflip=0, jitter=0, grayscale=0, blur=(0, 0, 0), solarize=0
+)
+TINY = TrainConfig(
+    width=32, depth=2, heads=2, patch_size=8, n_registers=1, layer_scale=None, image_size=32, local_size=16, n_local=2,
+    n_prototypes=64, head_hidden=64, head_bottleneck=32, momentum=0.9, n_steps=8, batch=8, lr=1e-3, warmup_steps=2,
+    n_open=2, augment=MILD,
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny():
+    return TINY
+
+
+@pytest.fixture
+def run_python():
+    """Start a Python of its own on a snippet; returns the process."""
+
+    def start(code, *args):
+        command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start

@@ -1,0 +1,52 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from training.config import TrainConfig, TrainResources
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"image_size": 30}, r"train.image_size must be a multiple of train.patch_size \(8\): got 30"),
+        ({"local_size": 12}, r"train.local_size must be a multiple"),
+        ({"width": 33}, "vit.width must be a multiple of vit.heads"),
+        ({"batch": 0}, "train.batch must be at least 1: got 0"),
+        ({"n_steps": -1}, "train.n_steps must be at least 0: got -1"),
+        ({"lr": float("nan")}, "train.lr must be above 0: got nan"),
+        ({"momentum": 1.1}, r"train.momentum must be in \[0, 1\]: got 1.1"),
+        ({"centering": "none"}, "train.centering must be 'sinkhorn' or 'softmax': got 'none'"),
+        ({"final_lr": 1.0}, r"train.final_lr must be in \[0, train.lr\]: got 1.0"),
+        ({"beta2": 1.0}, r"train.beta2 must be in \(0, 1\): got 1.0"),
+        ({"weight_decay": -1}, "train.weight_decay must be at least 0: got -1"),
+        ({"warmup_steps": 8}, r"must fit into train.n_steps \(8\): got 8 and 2"),
+        ({"teacher_temperature_start": 0.0}, "train.teacher_temperature_start must be above 0"),
+        ({"init_gain": 0.0}, "train.init_gain must be above 0"),
+        ({"n_local": 0, "n_prototypes": 0}, "train.n_prototypes must be at least 1"),
+    ],
+)
+def test_a_bad_field_is_named(tiny, fields, words):
+    with pytest.raises(ValueError, match=words):
+        replace(tiny, **fields)
+
+
+def test_bad_resources_are_named():
+    with pytest.raises(ValueError, match=r"train\.resources\.n_workers must be at least 0: got -1"):
+        TrainResources(n_workers=-1)
+
+
+def test_schedules_have_a_value_a_step(tiny):
+    np.testing.assert_allclose(tiny.lr_schedule()[:3], [0, 5e-4, 1e-3])
+    assert tiny.lr_schedule()[-1] == pytest.approx(tiny.final_lr)
+    cosine = replace(tiny, schedule="cosine")
+    assert len(cosine.lr_schedule()) == len(tiny.lr_schedule()) == tiny.n_steps
+    assert cosine.lr_schedule()[-1] < cosine.lr
+    ramp = replace(tiny, teacher_temperature=0.07, teacher_temperature_start=0.04, teacher_temperature_steps=3)
+    np.testing.assert_allclose(ramp.temperature_schedule(), [0.04, 0.05, 0.06] + [0.07] * 5)
+    assert len(replace(ramp, n_steps=2, warmup_steps=0).temperature_schedule()) == 2
+    assert len(replace(tiny, n_steps=0).lr_schedule()) == 0
+
+
+def test_the_defaults_hold_together():
+    assert TrainConfig().vit().width == 384

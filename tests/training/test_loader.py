@@ -1,0 +1,170 @@
+import io
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from curation.store import Location
+from embedding.decode import decode_rgb
+from training.augment import AugmentConfig, crop_rng, multi_crop
+from training.loader import LoaderPlan, WorkerDied, batches
+from training.stream import Stream, list_shards, shard_totals
+
+
+def png(seed):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(out, "png")
+    return out.getvalue()
+
+
+def plan_of(shards, **fields):
+    totals = shard_totals(shards, list_shards(shards))
+    values = {"batch": 5, "seed": 2, "n_open": 2, "augment": AugmentConfig(), "global_size": 16, "local_size": 8,
+              "n_local": 3} | fields  # fmt: skip
+    return LoaderPlan(shards=shards, totals=totals, **values)
+
+
+@pytest.fixture
+def shards(make_shards, tmp_path):
+    return make_shards(tmp_path, [[(f"{i}-{j}", png(10 * i + j)) for j in range(6)] for i in range(3)])
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert (x.step, x.keys, x.bad) == (y.step, y.keys, y.bad)
+        np.testing.assert_array_equal(x.globals, y.globals)
+        np.testing.assert_array_equal(x.locals, y.locals)
+
+
+def test_a_batch_is_the_crops_of_its_samples(shards):
+    plan = plan_of(shards)
+    (batch,) = batches(plan, 4, 5)
+    samples = Stream(shards, batch=5, seed=2, n_open=2).batch(4)
+    assert (batch.step, batch.keys, batch.bad) == (4, [s.key for s in samples], [])
+    assert batch.globals.shape == (2, 5, 16, 16, 3)
+    assert batch.locals.shape == (3, 5, 8, 8, 3)
+    for slot, s in enumerate(samples):
+        shard, row = map(int, s.key.split("-"))
+        image = decode_rgb(png(10 * shard + row))
+        crops = multi_crop(image, AugmentConfig(), (16, 8), 3, crop_rng(2, s.epoch, s.number))
+        np.testing.assert_array_equal(batch.globals[:, slot], crops.globals)
+        np.testing.assert_array_equal(batch.locals[:, slot], crops.locals)
+
+
+def test_workers_change_no_byte_and_a_late_start_neither(shards):
+    plan = plan_of(shards)
+    here = list(batches(plan, 0, 9))
+    assert_same(list(batches(plan, 0, 9, n_workers=1, prefetch=1)), here)
+    assert_same(list(batches(plan, 6, 9, n_workers=2, prefetch=3)), here[6:])
+    assert list(batches(plan, 3, 3, n_workers=2)) == []
+
+
+def test_a_bad_sample_is_counted_and_replaced_by_the_next_of_the_stream(make_shards, tmp_path):
+    samples = [(f"{i}", png(i)) for i in range(8)]
+    samples[3], samples[5] = ("3", b"no image"), ("5", png(5)[:60])
+    shards = make_shards(tmp_path, [samples])
+    plan = plan_of(shards, batch=8, n_open=1)
+    stream = Stream(shards, batch=8, seed=2, n_open=1)
+    order = [stream.sample(i) for i in range(40)]
+    for step, batch in enumerate(batches(plan, 0, 3)):
+        bad = []
+        for slot, s in enumerate(order[8 * step : 8 * step + 8]):
+            number = s.number
+            while order[number].key in "35":
+                bad.append(order[number].key)
+                number += 1
+            assert batch.keys[slot] == order[number].key
+            image = decode_rgb(png(int(order[number].key)))
+            expected = multi_crop(image, plan.augment, (16, 8), 3, crop_rng(2, s.epoch, s.number))
+            np.testing.assert_array_equal(batch.globals[:, slot], expected.globals)
+        assert [b.key for b in batch.bad] == bad
+        assert {b.reason for b in batch.bad} == {"undecodable"}
+
+
+def test_nothing_decodable_is_one_clear_error(make_shards, tmp_path):
+    plan = plan_of(make_shards(tmp_path, [[("a", b"x"), ("b", b"y")]]))
+    with pytest.raises(ValueError, match="one of 256 samples in a row must decode: got none"):
+        list(batches(plan, 0, 1))
+    with pytest.raises(ValueError, match="one of 256 samples in a row must decode: got none"):
+        list(batches(plan, 0, 1, n_workers=1))
+
+
+def test_a_lost_shard_is_one_clear_error(shards, tmp_path):
+    plan = plan_of(shards)
+    (tmp_path / "shard-0000001.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard-0000001\.tar"):
+        list(batches(plan, 0, 5))
+
+
+def status(pid):
+    """State letter, parent and command line of a process; None when it is gone."""
+    folder = Path("/proc") / str(pid)
+    try:
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[1]), (folder / "cmdline").read_text()
+    except OSError:
+        return None
+
+
+def children():
+    """Live worker processes of this process (the resource tracker is none)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        state, parent, command = status(folder.name) or ("Z", 0, "")
+        if state != "Z" and parent == os.getpid() and "spawn_main" in command:
+            found.append(int(folder.name))
+    return found
+
+
+def test_a_killed_worker_is_one_clear_error_and_leaves_nobody(shards):
+    stream = batches(plan_of(shards), 0, 10_000, n_workers=2, prefetch=1)
+    next(stream)
+    workers = children()
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="all 2 loader workers must live: got one that was killed"):
+        for _ in stream:
+            pass
+    assert children() == []
+
+
+def test_closing_early_ends_the_workers(shards):
+    stream = batches(plan_of(shards), 0, 10_000, n_workers=1, prefetch=2)
+    next(stream)
+    stream.close()
+    assert children() == []
+
+
+def test_workers_end_when_their_parent_is_killed(shards, run_python):
+    code = """
+        import os, sys
+        from curation.store import Location
+        sys.path.insert(0, sys.argv[2])
+        from test_loader import batches, children, plan_of
+        stream = batches(plan_of(Location(sys.argv[1])), 0, 10_000, n_workers=1)
+        next(stream)
+        print(*children(), flush=True)
+        os.kill(os.getpid(), 9)
+    """
+    process = run_python(code, shards.uri, Path(__file__).parent)
+    out, err = process.communicate(timeout=60)
+    workers = [int(p) for p in out.split()]
+    assert len(workers) == 1, err
+    deadline = time.monotonic() + 20
+    while any((status(p) or "Z")[0] != "Z" for p in workers):
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.05)
+
+
+def test_torch_is_not_loaded_in_workers(run_python):
+    process = run_python("import sys, training.loader; print('torch' in sys.modules)")
+    assert process.communicate(timeout=60)[0].strip() == "False"
+
+
+def test_a_location_travels(shards):
+    assert plan_of(shards).shards == Location(shards.uri)

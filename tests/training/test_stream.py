@@ -1,0 +1,135 @@
+import io
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from curation.store import Location
+from training.stream import INDEX_SCHEMA, Stream, build_index, list_shards, read_images, shard_totals
+
+
+@pytest.fixture
+def shards(make_shards, tmp_path):
+    """5 shards of 0-7 samples whose bytes are their keys; some counts above 1."""
+    samples = [[(f"s{i}n{j}", f"bytes of {i} {j}".encode()) for j in range(n)] for i, n in enumerate((7, 3, 0, 5, 4))]
+    return make_shards(tmp_path, samples, counts={"s0n0": 3, "s3n1": 2, "s4n3": 4})
+
+
+N = 19 + 2 + 1 + 3
+
+
+def one_epoch(stream, epoch=0):
+    return [stream.sample(epoch * N + i) for i in range(N)]
+
+
+def test_an_epoch_shows_every_sample_as_often_as_its_count(shards):
+    stream = Stream(shards, batch=4, seed=3, n_open=2)
+    assert stream.n_samples == N
+    for epoch in range(3):
+        seen = Counter(s.key for s in one_epoch(stream, epoch))
+        assert len(seen) == 19
+        assert {k: v for k, v in seen.items() if v > 1} == {"s0n0": 3, "s3n1": 2, "s4n3": 4}
+
+
+def test_the_order_is_the_documented_formula(shards):
+    seed, n_open, sizes = 3, 2, [7 + 2, 3, 0, 5 + 1, 4 + 3]
+    counts = {(0, 0): 3, (3, 1): 2, (4, 3): 4}
+    expected = []
+    for epoch in range(2):
+        order = np.random.default_rng([seed, epoch]).permutation(5)
+        for group, start in enumerate(range(0, 5, n_open)):
+            pool = [
+                f"s{i}n{j}"
+                for i in order[start : start + n_open]
+                for j in range((7, 3, 0, 5, 4)[i])
+                for _ in range(counts.get((i, j), 1))
+            ]
+            permutation = np.random.default_rng([seed, epoch, group]).permutation(len(pool))
+            expected += [pool[p] for p in permutation]
+    stream = Stream(shards, batch=4, seed=seed, n_open=n_open)
+    assert [stream.sample(i).key for i in range(2 * N)] == expected
+    np.testing.assert_array_equal(stream.totals, sizes)
+
+
+def test_a_batch_is_its_slice_of_the_numbers_across_groups_and_epochs(shards):
+    stream = Stream(shards, batch=7, seed=1, n_open=2)
+    flat = [s for step in range(9) for s in stream.batch(step)]
+    assert flat == [stream.sample(i) for i in range(63)]
+    assert [s.number for s in flat] == list(range(63))
+    assert [s.epoch for s in flat] == [i // N for i in range(63)]
+    far = Stream(shards, batch=7, seed=1, n_open=2).batch(5)  # without what came before
+    assert far == stream.batch(5)
+    big = Stream(shards, batch=3 * N, seed=1, n_open=2).batch(0)
+    assert big[:63] == flat
+
+
+def test_seeds_and_epochs_differ(shards):
+    a, b = (Stream(shards, batch=4, seed=s, n_open=2) for s in (0, 1))
+    assert [s.key for s in one_epoch(a)] != [s.key for s in one_epoch(b)]
+    assert [s.key for s in one_epoch(a)] != [s.key for s in one_epoch(a, 1)]
+
+
+def test_offsets_lead_to_the_bytes(shards):
+    samples = one_epoch(Stream(shards, batch=4, n_open=3))
+    for sample, data in zip(samples, read_images(shards, samples), strict=True):
+        shard, row = sample.key[1:].split("n")
+        assert data == f"bytes of {shard} {row}".encode()
+
+
+def test_index_files_are_read_when_their_group_is(shards, monkeypatch):
+    import training.stream as module
+
+    stream, read = Stream(shards, batch=2, n_open=2), []
+    original = module.read_index
+    monkeypatch.setattr(module, "read_index", lambda s, i, c: read.append(i) or original(s, i, c))
+    stream.batch(0)
+    assert len(read) == 2
+    stream.batch(1)
+    assert len(read) == 2
+
+
+def test_totals_given_are_not_read_again(shards, monkeypatch):
+    totals = shard_totals(shards, list_shards(shards))
+    monkeypatch.setattr("training.stream.shard_totals", None)
+    assert Stream(shards, batch=2, totals=totals).n_samples == N
+
+
+def test_what_is_wrong_with_shards_is_said(make_shards, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no shard index"):
+        Stream(Location(str(tmp_path)), batch=2)
+    with pytest.raises(ValueError, match="at least one sample"):
+        Stream(make_shards(tmp_path / "a", [[]]), batch=2)
+    with pytest.raises(ValueError, match="counts must be at least 1: got 0"):
+        Stream(make_shards(tmp_path / "b", [[("k", b"x")]], counts={"k": 0}), batch=2)
+
+
+def test_build_index_of_a_foreign_tar(tmp_path, make_shards):
+    image = io.BytesIO()
+    from PIL import Image
+
+    Image.new("RGB", (20, 10)).save(image, "jpeg")
+    members = [("dir/a.jpg", image.getvalue()), ("dir/a.cls", b"7\n"), ("dir/a.json", b"{}"), ("b.txt", b"alone"),
+               ("c.seg.png", b"broken"), ("c.jpg", image.getvalue()), ("../d.JPEG", image.getvalue())]  # fmt: skip
+    with tarfile.open(tmp_path / "foreign.tar", "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    table = build_index(Location(str(tmp_path / "foreign.tar")), first_row=5)
+    assert table.schema.equals(INDEX_SCHEMA)
+    rows = table.to_pylist()
+    assert [(r["key"], r["row_id"], r["label"], r["format"]) for r in rows] == [
+        ("a", 5, "7", "jpeg"), ("c", 6, None, "png"), ("d", 7, None, "jpeg")]  # fmt: skip
+    assert [(r["width"], r["height"]) for r in rows] == [(20, 10), (0, 0), (20, 10)]
+    data = (tmp_path / "foreign.tar").read_bytes()
+    for r, expected in zip(rows, (members[0][1], b"broken", members[6][1]), strict=True):
+        assert data[r["offset"] : r["offset"] + r["length"]] == expected
+
+
+def test_build_index_agrees_with_the_writer(make_shards, tmp_path):
+    made = make_shards(tmp_path, [[("a", b"123"), ("b", b"45678")]])
+    ours = build_index(made / "shard-0000000.tar").select(["key", "offset", "length", "count"])
+    theirs = pq.read_table(tmp_path / "part-0000000.parquet", columns=["key", "offset", "length", "count"])
+    assert ours.to_pylist() == theirs.to_pylist()

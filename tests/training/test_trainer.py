@@ -1,0 +1,163 @@
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from curation.store import Location
+from training.checkpoint import checkpoints
+from training.stream import Stream
+from training.train_step import Encoder
+from training.trainer import TrainDiverged, TrainResources, train
+
+
+def bits(result):
+    tensors = {k: v.numpy().tobytes() for k, v in result.backbone.state_dict().items()}
+    return tensors | {k: v.tobytes() for k, v in result.metrics.items()}
+
+
+def test_a_run_learns(digit_shards, tiny, tmp_path):
+    config = replace(
+        tiny, width=64, depth=3, n_prototypes=256, head_hidden=128, head_bottleneck=64, n_steps=80, batch=32,
+        lr=3e-3, warmup_steps=10, momentum=0.95, init_gain=1.0,
+        augment=replace(tiny.augment, global_scale=(0.85, 1), local_scale=(0.6, 1), aspect=(0.85, 1 / 0.85)),
+    )  # fmt: skip
+    result = train(config, digit_shards, Location(str(tmp_path)))
+    loss, entropy = result.metrics["loss"], result.metrics["teacher_entropy"]
+    ln_k = np.log(256)
+    assert loss[:10].mean() > ln_k - 0.3
+    assert loss[-10:].mean() < loss[:10].mean() - 0.5
+    assert entropy[-10:].mean() < ln_k - 0.5
+    assert result.metrics["usage_perplexity"][-10:].min() > 25  # no collapse onto a few prototypes
+    assert (result.metrics["skipped"] == 0).all()
+
+
+def test_workers_and_restarts_change_no_bit(digit_shards, tiny, tmp_path):
+    whole = train(tiny, digit_shards, Location(str(tmp_path / "whole")))
+    assert whole.timing.images == 8 * tiny.batch
+    assert 0 < whole.timing.wait_share < 1
+    resources = TrainResources(n_workers=1, prefetch=2, checkpoint_every=3)
+    steps = []
+
+    def interrupt(step, n_steps, message):
+        assert n_steps == 8
+        assert "teacher entropy" in message
+        steps.append(step)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    out = Location(str(tmp_path / "cut"))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, digit_shards, out, resources, interrupt)
+    resumed = train(tiny, digit_shards, out, resources, interrupt)
+    assert steps == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
+    assert resumed.timing.resumed_at == 3
+    assert bits(resumed) == bits(whole)
+    again = train(tiny, digit_shards, out, resources)  # nothing but the last steps after step 6
+    assert bits(again) == bits(whole)
+    assert checkpoints(out / "scratch") == [3, 6]
+
+
+RUN = """
+    import sys, torch
+    sys.path.insert(0, sys.argv[4])
+    from conftest import TINY
+    from dataclasses import replace
+    from curation.store import Location
+    from training.trainer import TrainResources, train
+    config = replace(TINY, n_steps=40, centering=sys.argv[3])
+    resources = TrainResources(n_workers=1, checkpoint_every=4)
+    train(config, Location(sys.argv[1]), Location(sys.argv[2]), resources, lambda *a: print(a[0], flush=True))
+"""
+
+
+def test_sigkill_changes_no_bit(digit_shards, tiny, tmp_path, run_python):
+    config, out = replace(tiny, n_steps=40, centering="softmax"), Location(str(tmp_path / "out"))
+    process = run_python(RUN, digit_shards.uri, out.uri, config.centering, Path(__file__).parent)
+    for line in process.stdout:
+        if int(line) >= 14:
+            break
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    newest = checkpoints(out / "scratch")[-1]
+    assert 12 <= newest < 40
+    resumed = train(config, digit_shards, out)
+    assert resumed.timing.resumed_at == newest
+    whole = train(config, digit_shards, Location(str(tmp_path / "whole")))
+    assert bits(resumed) == bits(whole)
+
+
+def test_a_torn_checkpoint_is_passed_over(digit_shards, tiny, tmp_path):
+    out, resources = Location(str(tmp_path)), TrainResources(checkpoint_every=3)
+    whole = train(tiny, digit_shards, out, resources)
+    newest = tmp_path / "scratch" / "checkpoint-0000006.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (tmp_path / "scratch" / ".side-left-by-a-kill").write_bytes(b"x")
+    resumed = train(tiny, digit_shards, out, resources)
+    assert resumed.timing.resumed_at == 3
+    assert bits(resumed) == bits(whole)
+    assert not list((tmp_path / "scratch").glob(".side*"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(digit_shards, make_shards, tiny, tmp_path):
+    out, resources = Location(str(tmp_path / "out")), TrainResources(checkpoint_every=3)
+    train(tiny, digit_shards, out, resources)
+    with pytest.raises(ValueError, match=r"got other train.lr \(0.001 there, 0.002 here\)"):
+        train(replace(tiny, lr=2e-3), digit_shards, out, resources)
+    with pytest.raises(ValueError, match="got other the shards"):
+        train(tiny, make_shards(tmp_path / "other", [[("a", b"x")]]), out, resources)
+
+
+def test_no_steps_give_the_initial_weights_without_shards(tiny, tmp_path):
+    config = replace(tiny, n_steps=0)
+    result = train(config, Location(str(tmp_path / "nowhere")), Location(str(tmp_path)))
+    expected = Encoder(config).backbone.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in result.backbone.state_dict().items())
+    assert not result.backbone.training
+    assert len(result.metrics["loss"]) == 0
+
+
+def test_steps_that_are_not_finite_are_counted_and_stop_the_run(digit_shards, tiny, tmp_path, monkeypatch):
+    import training.train_step as module
+
+    original, bad_steps, n = module.dino_loss, {2, 4, 5}, iter(range(100))
+    monkeypatch.setattr(module, "dino_loss", lambda *a: original(*a) * (np.nan if next(n) in bad_steps else 1))
+    config = replace(tiny, max_bad_steps=3)
+    result = train(config, digit_shards, Location(str(tmp_path / "a")))
+    assert [s.step for s in result.skipped] == [2, 4, 5]
+    assert all(len(s.keys) == tiny.batch for s in result.skipped)
+    np.testing.assert_array_equal(np.flatnonzero(result.metrics["skipped"]), [2, 4, 5])
+    n = iter(range(100))
+    bad_steps.add(3)
+    with pytest.raises(TrainDiverged, match=r"train.max_bad_steps \(3\) .* got steps 2..4"):
+        train(config, digit_shards, Location(str(tmp_path / "b")))
+
+
+def test_bad_samples_are_listed_and_survive_a_restart(make_shards, tiny, tmp_path, digits, png):
+    samples = [(f"{i}", png(image)) for i, image in enumerate(digits[0][:20])] + [("broken", b"no image")]
+    shards = make_shards(tmp_path / "shards", [samples])
+    out, resources = Location(str(tmp_path / "out")), TrainResources(checkpoint_every=4)
+    first = train(tiny, shards, out, resources)
+    assert first.bad_samples == {"broken": "undecodable"}
+    stream = Stream(shards, batch=8, seed=tiny.seed, n_open=tiny.n_open)
+    expected = [sum(s.key == "broken" for s in stream.batch(step)) for step in range(8)]
+    np.testing.assert_array_equal(first.metrics["replaced"], expected)
+    (tmp_path / "out/scratch/checkpoint-0000008.safetensors").unlink()
+    again = train(tiny, shards, out, resources)
+    assert again.timing.resumed_at == 4
+    assert again.bad_samples == first.bad_samples
+    assert bits(again) == bits(first)
+
+
+def test_imports_without_the_optional_parts(run_python):
+    code = """
+        import sys
+        for name in ("ray", "faiss", "pydantic", "boto3", "webdataset", "pipelines", "transformers"):
+            sys.modules[name] = None
+        import training.loader, training.probes, training.trainer
+    """
+    process = run_python(code)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err

@@ -1,0 +1,1 @@
+"""Shards to weights: crops, losses, schedules, the loader and the trainer."""

@@ -1,0 +1,88 @@
+"""The DINO loss, its teacher targets, and what tells a collapse; float32 whatever comes in.
+
+Legend: ``S`` student crops, ``G`` global crops, ``B`` images, ``K`` prototypes, ``N`` samples (usually G * B).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def dino_loss(student_SBK: Tensor, teacher_GBK: Tensor, temperature: float = 0.1) -> Tensor:
+    """Mean cross-entropy of every student crop against every other teacher crop, in nats (arXiv 2104.14294, eq. 2-3).
+
+    student_SBK: logits; teacher_GBK: probabilities over K, no gradient flows into them; the first G student crops
+    are the teacher's own, and a crop is never compared with itself. Returns a float32 scalar. Holds one float32
+    copy of student_SBK. Raises ValueError when B or K differ or no pair of crops is left.
+    """
+    n_student, n_global = len(student_SBK), len(teacher_GBK)
+    if student_SBK.shape[1:] != teacher_GBK.shape[1:] or n_student < max(2, n_global) or n_global < 1:
+        raise ValueError(
+            f"dino_loss needs logits (S, B, K) and targets (G, B, K) with S >= max(2, G): "
+            f"got {tuple(student_SBK.shape)} and {tuple(teacher_GBK.shape)}"
+        )
+    log_p_SBK = F.log_softmax(student_SBK.float() / temperature, dim=-1)
+    ce_SG = -torch.einsum("sbk,gbk->sg", log_p_SBK, teacher_GBK.detach().float()) / student_SBK.shape[1]
+    same_SG = torch.eye(n_student, n_global, dtype=torch.bool, device=ce_SG.device)
+    return ce_SG.masked_fill(same_SG, 0).sum() / (ce_SG.numel() - n_global)
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits_NK: Tensor, temperature: float, n_iter: int = 3) -> Tensor:
+    """Teacher targets that use all prototypes equally: float32 (N, K), each row sums to 1.
+
+    Alternates the two scalings of the optimal-transport plan exp(z / temperature) (arXiv 2006.09882): prototypes to
+    mass N / K, then samples to mass 1, the samples last. The scalings are two vectors in log space, log t = z /
+    temperature + a_k + d_n, so logits of any finite size are safe. (To subtract each sample's largest logit would be
+    no harmless alternative: it changes the result of few iterations.) Holds two float32 arrays (N, K). Logits that
+    are not finite give targets that are not. Raises ValueError when temperature or n_iter is not positive.
+    """
+    if temperature <= 0 or n_iter < 1:
+        raise ValueError(f"sinkhorn_knopp needs temperature > 0 and n_iter >= 1: got {temperature} and {n_iter}")
+    n, k = logits_NK.shape
+    x_NK = logits_NK.float() / temperature
+    d_N = torch.zeros(n, device=x_NK.device)
+    a_K = torch.zeros(k, device=x_NK.device)
+    for _ in range(n_iter):
+        a_K = -torch.logsumexp(x_NK + d_N[:, None], dim=0) - math.log(k)
+        d_N = -torch.logsumexp(x_NK + a_K, dim=1) - math.log(n)
+    return x_NK.add_(a_K).add_(d_N[:, None] + math.log(n)).exp_()
+
+
+@torch.no_grad()
+def centred_softmax(logits_NK: Tensor, centre_K: Tensor, temperature: float) -> Tensor:
+    """Teacher targets softmax((z - centre) / temperature), float32 (N, K), rows sum to 1.
+
+    centre_K: float32, the running mean of the logits of *earlier* steps, see ``next_centre``. Raises ValueError
+    when temperature is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"centred_softmax needs temperature > 0: got {temperature}")
+    return F.softmax((logits_NK.float() - centre_K) / temperature, dim=-1)
+
+
+@torch.no_grad()
+def next_centre(centre_K: Tensor, logits_NK: Tensor, momentum: float = 0.9) -> Tensor:
+    """The centre to use from the next step on: momentum * centre + (1 - momentum) * mean of these logits.
+
+    A new float32 tensor (K,); the given one stays as it is, so a skipped step leaves no trace. On constant
+    logits z and a centre that starts at 0 the centre of step n is (1 - momentum ** n) z.
+    """
+    return momentum * centre_K + (1 - momentum) * logits_NK.float().mean(dim=0)
+
+
+def entropy(p_NK: Tensor) -> Tensor:
+    """Entropy of each row of probabilities in nats, float32 (N,): 0 for one-hot, ln K for uniform."""
+    out: Tensor = torch.special.entr(p_NK.float()).sum(dim=-1)
+    return out
+
+
+def usage_perplexity(p_NK: Tensor) -> Tensor:
+    """How many prototypes the samples use between them: exp of the entropy of the mean target, in 1..K.
+
+    Near 1: all samples fall on one prototype (one-hot collapse). A float32 scalar.
+    """
+    out: Tensor = entropy(p_NK.float().mean(dim=0)).exp()
+    return out
