@@ -137,7 +137,7 @@ def part_name(index: int, prefix: str = "part") -> str:
 
 def write_table(location: Location, table: pa.Table, counts: Counts | None = None, compress: bool = True) -> FileInfo:
     """Write one Parquet file, whole or not at all; ``counts`` are kept in it, so that a resumed step finds them."""
-    schema_metadata = {**(table.schema.metadata or {}), METADATA_KEY: json.dumps(counts or {}, sort_keys=True).encode()}
+    schema_metadata = {**(table.schema.metadata or {}), METADATA_KEY: json.dumps(counts or {}).encode()}
     with location.side_file() as side:
         pq.write_table(
             table.replace_schema_metadata(schema_metadata),

@@ -4,13 +4,14 @@ An image is dropped when it is itself near an image to stay away from (``direct`
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecontaminateConfig:
     """How near to a reference image is too near."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     min_similarity: float  # cosine; belongs to the descriptor, so it has no default
     max_drop_fraction: float = 0.5  # share of rows; more means the threshold does not fit the descriptor

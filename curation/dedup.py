@@ -5,7 +5,7 @@ The connected components of the graph of similar pairs are the groups. Only rows
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ KEEP = ("most_pixels", "first")
 class DedupConfig:
     """Which copy of an image stays, and how much a step may drop."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     keep: str = "most_pixels"  # or "first": lowest row id; ties go to the lowest row id
     max_drop_fraction: float = 0.5  # share of rows; more means the threshold does not fit the descriptor

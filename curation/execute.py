@@ -9,13 +9,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Value = TypeVar("Value", covariant=True)
+Value_co = TypeVar("Value_co", covariant=True)
 
 
-class Ref(Protocol[Value]):
+class Ref(Protocol[Value_co]):
     """A value that may live on a worker. It can be handed on in ``shared`` without passing through the driver."""
 
-    def get(self) -> Value:
+    def get(self) -> Value_co:
         """Bring the value here."""
         ...
 

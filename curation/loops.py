@@ -84,7 +84,7 @@ def row_sq_distances(x: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -
 
 
 @compiled
-def settle(  # noqa: PLR0917
+def settle(
     x: np.ndarray,
     centroids: np.ndarray,
     score: np.ndarray,
@@ -126,7 +126,7 @@ def fill_groups(labels: np.ndarray, cursor: np.ndarray, rows: np.ndarray) -> Non
 
 
 @compiled
-def push_closest(  # noqa: PLR0917
+def push_closest(
     heap_distance: np.ndarray,
     heap_row: np.ndarray,
     filled: np.ndarray,

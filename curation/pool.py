@@ -5,6 +5,7 @@ kept rows of a unit, at most ``part_rows`` each. ``key`` is the sha256 of the im
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +44,7 @@ DUPLICATE_RECORD = np.dtype([("row", "<i4"), ("first_unit", "<i4"), ("first_row"
 class PoolConfig:
     """Where a pool comes from, and what can never be used. What one may want to tune is a ``select`` step."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     source: str  # folder, tar, Parquet file or S3 prefix
     min_side: int = 1  # pixels, the shorter side

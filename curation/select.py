@@ -1,13 +1,14 @@
 """The config of ``select``; the expression itself is evaluated by an embedded SQL engine."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
     """Which rows go on. The pool itself never drops what one may want to tune."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     where: str  # SQL expression over the columns of the pool, such as "width >= 224 and format = 'jpeg'"
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +40,7 @@ EXTENSIONS = {"jpeg": "jpg", "tiff": "tif"}  # others are their format's name
 class ShardsConfig:
     """How images are mixed and cut into shards."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     shard_rows: int = 1000  # images of a shard at most
     mix_rows: int = 16_000  # images that are shuffled together at least, where the pool has them

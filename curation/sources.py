@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from curation.store import Entry, Location
 
 # Files that stand beside images and never are one; they are counted as ignored.
 METADATA_SUFFIXES = frozenset(
-    ".json .jsonl .txt .csv .tsv .md .rst .xml .yaml .yml .html .cls .npy .npz .log .sha256 .index .py".split()
+    f".{name}" for name in "json jsonl txt csv tsv md rst xml yaml yml html cls npy npz log sha256 index py".split()
 )
 CAPTION_COLUMNS = ("caption", "text")
 COALESCE_GAP = 1 << 18  # bytes between two ranges of one object that are cheaper read than asked for apart

@@ -4,11 +4,6 @@ Data goes to stdout, everything for people's eyes while they wait to stderr. Exi
 mend, 1 for a run that failed.
 """
 
-import os
-
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")  # before the math libraries are loaded; why: see pipelines.numerics
-
 import json
 import sys
 from collections.abc import Iterable, Iterator

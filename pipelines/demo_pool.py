@@ -29,7 +29,7 @@ TRUTH = "truth.parquet"
 SIDE = 32  # pixels, of an image as it was first put on the web
 APART = 0.98  # cosine of pixel descriptors: of two digits at least as near as this one is left out
 CLASSES = (3, 7, 0, 5, 9, 4, 2, 8, 6, 1)  # from the most frequent to the rarest in the crawl
-N_DIGITS = (128, 126, 126, 124, 120, 104, 72, 38, 15, 6)  # different images in the crawl, by class
+N_DIGITS = (128, 126, 126, 124, 118, 100, 72, 44, 22, 10)  # different images in the crawl, by class
 N_COPIES = (95, 75, 55, 40, 25, 14, 8, 4, 2, 0)  # varied copies of them: what is popular is posted again
 N_LEAKED = (9, 9, 8, 7, 6, 5, 3, 2, 1, 0)  # images of the exam that are in the crawl too
 N_EVAL = 25  # images a class
@@ -145,7 +145,8 @@ def crawl_files(split: Split, pixels: np.ndarray, exam: dict[str, int], rng: np.
         for label, n_copies in zip(CLASSES, N_COPIES, strict=True)
         for digit in popular(split.crawl[label], n_copies, rng)
     ]
-    exact = [originals[i]._replace(kind="exact") for i in rng.choice(len(originals), N_EXACT, replace=False)]
+    often = sum(N_DIGITS[:5])  # of the five most frequent classes, so that the tail stays long
+    exact = [originals[i]._replace(kind="exact") for i in rng.choice(often, N_EXACT, replace=False)]
     thumbnails = [
         File(encode(render(pixels[digit], 16), "PNG"), "thumbnail", digit)
         for digit in rng.choice(split.spare, N_THUMBNAILS, replace=False).tolist()

@@ -131,7 +131,10 @@ def place(layers: list[list[str]], arrows: Iterable[tuple[str, str]]) -> dict[st
             wish = {name: float(np.mean([x[other] for other in near[name]] or [x[name]])) for name in layer}
             layer.sort(key=lambda name: wish[name])  # stable: ties stay as they were
             spread(layer, x, wish)
-    left = min(x[name] - half_width(name) for layer in layers for name in layer) - 4
+    ends = [(x[name] - half_width(name), x[name] + half_width(name)) for layer in layers for name in layer]
+    left, right = min(end[0] for end in ends) - 4, max(end[1] for end in ends) + 4
+    if x[layers[0][0]] > (left + right) / 2:  # what comes first stands to the left, where a narrow screen begins
+        return {name: right - at for name, at in x.items()}
     return {name: at - left for name, at in x.items()}
 
 
@@ -157,7 +160,9 @@ def half_width(name: str) -> float:
     return (LANE_WIDTH if "|" in name else BOX_WIDTH) / 2
 
 
-def line_chart(curves: Sequence[Curve], level: tuple[float, str] | None, x_label: str, y_label: str, alt: str) -> Markup:
+def line_chart(
+    curves: Sequence[Curve], level: tuple[float, str] | None, x_label: str, y_label: str, alt: str
+) -> Markup:
     """Curves over 0..n-1, from 0 up, and a dashed line at ``level``."""
     highest = max([*(float(np.nanmax(curve.y, initial=0)) for curve in curves), level[0] if level else 0.0])
     top = nice_ticks(highest * 1.02)
@@ -172,9 +177,7 @@ def line_chart(curves: Sequence[Curve], level: tuple[float, str] | None, x_label
             )
         )
     for curve in curves:
-        points = " ".join(
-            f"{x_of(i, n):.1f},{y_of(v, top[-1]):.1f}" for i, v in binned(curve.y) if np.isfinite(v)
-        )
+        points = " ".join(f"{x_of(i, n):.1f},{y_of(v, top[-1]):.1f}" for i, v in binned(curve.y) if np.isfinite(v))
         parts.append(Markup('<polyline class="curve {0}" points="{1}"/>').format(curve.css, points))
     return chart(parts, alt)
 
@@ -245,9 +248,9 @@ def x_axis(ticks: Sequence[float | str], last: float, label: str) -> Markup:
 
 def axis_name(label: str) -> Markup:
     """The unit of the upright axis."""
-    return Markup('<text class="tick" x="10" y="{0:.0f}" transform="rotate(-90 10 {0:.0f})" text-anchor="middle">{1}</text>').format(
-        (HEIGHT - BOTTOM + TOP) / 2, label
-    )
+    return Markup(
+        '<text class="tick" x="10" y="{0:.0f}" transform="rotate(-90 10 {0:.0f})" text-anchor="middle">{1}</text>'
+    ).format((HEIGHT - BOTTOM + TOP) / 2, label)
 
 
 def x_of(value: float, last: float) -> float:

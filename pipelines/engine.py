@@ -242,6 +242,4 @@ def read_root(root: Location) -> dict[str, Artifact | None]:
         noted = json.loads((root / RUN_FILE).read())
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{root} must be the root of a run: it has no {RUN_FILE}", "start one with openlvd run") from e
-    return {
-        name: Artifact(root / entry["path"]) if entry["path"] else None for name, entry in noted["steps"].items()
-    }
+    return {name: Artifact(root / entry["path"]) if entry["path"] else None for name, entry in noted["steps"].items()}

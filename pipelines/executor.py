@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from curation.execute import Ref, SerialExecutor, fold
 from pipelines.errors import TaskError, UserError
@@ -29,7 +29,7 @@ IN_FLIGHT = 4  # tasks a worker: enough that none waits, few enough that results
 class Resources:
     """Speed settings. None of them is in a fingerprint and none may change a byte."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     workers: int = 0  # tasks at a time; 0: one for every core
     gpus: float = 0.0  # of one worker with a model

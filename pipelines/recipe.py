@@ -70,7 +70,7 @@ def read_recipe(location: Location, overrides: Sequence[str], stages: Mapping[st
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
     """YAML text as a mapping. Raises UserError."""
     try:
-        tree = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  # a SafeLoader
+        tree = yaml.load(text, Loader=_StrictLoader)  # a SafeLoader
     except yaml.YAMLError as e:
         raise UserError(f"{name} must be YAML: {' '.join(str(e).split())}", "check indentation and colons") from e
     if not isinstance(tree, dict):
@@ -180,7 +180,9 @@ def structure(kind: type[Config], values: Any, owner: str) -> Config:
             raise UserError(f"{owner} must have {error['loc'][0]}: got none", f"add {error['loc'][0]}: to it") from e
         path = ".".join([owner, *(str(piece) for piece in error["loc"])])
         message = error["msg"].removeprefix("Input should be ")
-        raise UserError(f"{path} must be {message}: got {error['input']!r}", "see the key's comment for unit and range") from e
+        raise UserError(
+            f"{path} must be {message}: got {error['input']!r}", "see the key's comment for unit and range"
+        ) from e
 
 
 def did_you_mean(word: str, known: Any) -> str:

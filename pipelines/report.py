@@ -215,7 +215,10 @@ def scores(run: Run) -> list[dict[str, Any]]:
 def backbones(run: Run) -> list[dict[str, Any]]:
     """What made the vectors: each identity once, with the steps that used it."""
     made_by = {
-        file.sha256: name for name, step in run.of("train").items() for file in step.files if file.name.endswith("tensors")
+        file.sha256: name
+        for name, step in run.of("train").items()
+        for file in step.files
+        if file.name.endswith("tensors")
     }
     found: dict[str, dict[str, Any]] = {}
     for name, step in run.of("embed", "evaluate").items():
@@ -233,7 +236,7 @@ def backbones(run: Run) -> list[dict[str, Any]]:
 
 def settings(values: Mapping[str, Any]) -> str:
     """Settings in one line."""
-    return ", ".join(f"{key} {value}" for key, value in values.items() if not isinstance(value, Mapping))
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, False, 0.0))
 
 
 def best_of(found: Sequence[Any], n: int, key: Any) -> list[Any]:

@@ -91,7 +91,11 @@ def groups_of(pairs: Pairs) -> list[tuple[str, list[Pair]]]:
     """Headings and their pairs, each pair once."""
     seen: set[int] = set()
     groups = []
-    for title, some in (("Least similar", pairs.weakest), ("Drawn at random", pairs.lucky), ("Most similar", pairs.strongest)):
+    for title, some in (
+        ("Least similar", pairs.weakest),
+        ("Drawn at random", pairs.lucky),
+        ("Most similar", pairs.strongest),
+    ):
         fresh = [pair for pair in some if pair.row_id not in seen]
         seen |= {pair.row_id for pair in fresh}
         if fresh:
@@ -179,7 +183,11 @@ def rejected(run: Run) -> list[dict[str, Any]]:
         for file in files:
             reasons.update({key: n for key, n in file.counts.items() if key not in ("rows", "dropped", "bad")})
         groups = [
-            (reason, n, rejected_examples(pool, [f.name for f in files if reason in f.counts], reason, run.config.n_rejected))
+            (
+                reason,
+                n,
+                rejected_examples(pool, [f.name for f in files if reason in f.counts], reason, run.config.n_rejected),
+            )
             for reason, n in reasons.most_common()
         ]
         if groups:
@@ -249,7 +257,9 @@ def size_charts(sizes: np.ndarray, samples: Sequence[str]) -> list[tuple[str, An
     charts = []
     for k, name in enumerate(samples or [""]):
         series = [("before", sizes[0, at].tolist())] + ([("after", sizes[k + 1, at].tolist())] if name else [])
-        alt = f"Images of each of {n_top} top-level clusters, largest first" + (f", before and after {name}" if name else "")
+        alt = f"Images of each of {n_top} top-level clusters, largest first" + (
+            f", before and after {name}" if name else ""
+        )
         charts.append((name, drawings.bar_chart(series, ["1", str(n_top)], "top-level cluster, largest first", alt)))
     return charts
 
@@ -297,7 +307,9 @@ def classes(run: Run) -> list[dict[str, Any]]:
     labels = read_table(run.labels, ["source", "label"]) if run.labels else None
     found = []
     for name, pool in run.of("pool").items():
-        chain = [step for step in run.of("select", "dedup", "decontaminate", "sample").items() if run.pool(step[1]) == pool]
+        chain = [
+            step for step in run.of("select", "dedup", "decontaminate", "sample").items() if run.pool(step[1]) == pool
+        ]
         if not chain:
             continue
         counted = [(name, count_labels(run, pool, None, labels))]
@@ -305,7 +317,9 @@ def classes(run: Run) -> list[dict[str, Any]]:
         if len(counted[0][1]) < 2 or len(counted[0][1]) > MAX_LABELS:
             continue
         first, last = counted[0][1], counted[-1][1]
-        shown = [label for label, _ in sorted(first.items(), key=lambda item: (-item[1], item[0]))][: run.config.n_classes]
+        shown = [label for label, _ in sorted(first.items(), key=lambda item: (-item[1], item[0]))][
+            : run.config.n_classes
+        ]
         found.append({
             "name": name, "last": counted[-1][0], "n_classes": len(first),
             "rows": [{"step": step, **balance(counts)} for step, counts in counted],

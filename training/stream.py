@@ -126,7 +126,9 @@ def list_shards(shards: Location) -> np.ndarray:
     names = (re.fullmatch(r"part-(\d{7,})\.parquet", entry.name) for entry in shards.list())
     ids = np.array(sorted(int(name[1]) for name in names if name), np.int64)
     if len(ids) == 0:
-        raise FileNotFoundError(f"no shard index part-0000000.parquet in {shards}; build one with training.stream")
+        raise FileNotFoundError(
+            f"no shard index part-0000000.parquet in {shards}; training.stream.build_index makes one from a tar"
+        )
     return ids
 
 

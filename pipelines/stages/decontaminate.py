@@ -41,7 +41,11 @@ def check_same_backbone(embeddings: Artifact, reference: Artifact) -> None:
 
 
 def decide_part(
-    item: tuple[int, EmbeddingsPart], config: DecontaminateConfig, before: Artifact | None, out: Location, reference: Base
+    item: tuple[int, EmbeddingsPart],
+    config: DecontaminateConfig,
+    before: Artifact | None,
+    out: Location,
+    reference: Base,
 ) -> FileInfo:
     """One part: the rows looked at are those of the selection, if there is one."""
     index, part = item

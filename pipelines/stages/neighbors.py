@@ -47,7 +47,9 @@ def nearest_in_base(queries: np.ndarray, base: Base, k: int, query_ids: np.ndarr
     return best
 
 
-def edges_of_part(item: tuple[int, int, EmbeddingsPart], config: NeighborsConfig, out: Location, base: Base) -> FileInfo:
+def edges_of_part(
+    item: tuple[int, int, EmbeddingsPart], config: NeighborsConfig, out: Location, base: Base
+) -> FileInfo:
     """The edges that start in one part; a row is never its own neighbour."""
     index, start, part = item
     rows, x = part.read()

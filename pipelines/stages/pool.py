@@ -144,7 +144,8 @@ def mark_duplicates(n_units: int, out: Output, executor: Executor) -> np.ndarray
         pass
     find = partial(duplicates_of_partition, scratch=scratch, n_units=n_units)
     n_again = executor.reduce(find, range(n_partitions), np.add)
-    return n_good - n_again.get()
+    n_kept: np.ndarray = n_good - n_again.get()
+    return n_kept
 
 
 def count_good(unit: int, scratch: Location) -> int:

@@ -37,7 +37,7 @@ def evaluate(where: str, part: Location) -> np.ndarray:
         engine.register("images", table)
         try:
             # ordered by row_id, which is the order of the part
-            answer = engine.execute(f"SELECT coalesce(({where}), false) AS kept FROM images ORDER BY row_id")  # noqa: S608
+            answer = engine.sql(f"SELECT coalesce(({where}), false) AS kept FROM images ORDER BY row_id")
             column = answer.to_arrow_table()["kept"]
         except duckdb.Error as e:
             raise UserError(

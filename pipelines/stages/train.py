@@ -34,8 +34,7 @@ def run(config: TrainConfig, inputs: Inputs, out: Output, executor: Executor) ->
     make = partial(make_trainer, config, shards.location, out.location, speed)
     with shown(out.scratch("progress"), getattr(executor, "progress", None)):
         out.make_by_workers(make, [None], [NAMES], gpus)
-    counts = next(file.counts for file in out.files if file.name == NAMES[-1])
-    return counts
+    return next(file.counts for file in out.files if file.name == NAMES[-1])
 
 
 def make_trainer(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.store import Location
+from curation.store import Location, client
 from embedding.decode import decode_rgb
 from training.augment import AugmentConfig, crop_rng, multi_crop
 from training.loader import LoaderPlan, WorkerDied, batches
@@ -86,6 +86,24 @@ def test_a_bad_sample_is_counted_and_replaced_by_the_next_of_the_stream(make_sha
         assert {b.reason for b in batch.bad} == {"undecodable"}
 
 
+def test_shards_on_s3_give_the_same_bytes(shards, tmp_path, monkeypatch):
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        for name, value in {"ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()), "ACCESS_KEY_ID": "a",
+                            "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
+            monkeypatch.setenv(f"AWS_{name}", value)
+        client.cache_clear()
+        client().create_bucket(Bucket="pool")
+        for entry in shards.list():
+            (Location("s3://pool/train") / entry.name).write((shards / entry.name).read())
+        here = list(batches(plan_of(shards), 0, 4))
+        assert_same(list(batches(plan_of(Location("s3://pool/train")), 0, 4)), here)
+    finally:
+        client.cache_clear()
+        server.stop()
+
+
 def test_nothing_decodable_is_one_clear_error(make_shards, tmp_path):
     plan = plan_of(make_shards(tmp_path, [[("a", b"x"), ("b", b"y")]]))
     with pytest.raises(ValueError, match="one of 256 samples in a row must decode: got none"):
@@ -143,7 +161,7 @@ def test_closing_early_ends_the_workers(shards):
 def test_workers_end_when_their_parent_is_killed(shards, run_python):
     code = """
         import os, sys
-        from curation.store import Location
+        from curation.store import Location, client
         sys.path.insert(0, sys.argv[2])
         from test_loader import batches, children, plan_of
         stream = batches(plan_of(Location(sys.argv[1])), 0, 10_000, n_workers=1)

@@ -67,22 +67,22 @@ RUN = """
     from dataclasses import replace
     from curation.store import Location
     from training.trainer import TrainResources, train
-    config = replace(TINY, n_steps=40, centering=sys.argv[3])
+    config = replace(TINY, n_steps=24, centering=sys.argv[3])
     resources = TrainResources(n_workers=1, checkpoint_every=4)
     train(config, Location(sys.argv[1]), Location(sys.argv[2]), resources, lambda *a: print(a[0], flush=True))
 """
 
 
 def test_sigkill_changes_no_bit(digit_shards, tiny, tmp_path, run_python):
-    config, out = replace(tiny, n_steps=40, centering="softmax"), Location(str(tmp_path / "out"))
+    config, out = replace(tiny, n_steps=24, centering="softmax"), Location(str(tmp_path / "out"))
     process = run_python(RUN, digit_shards.uri, out.uri, config.centering, Path(__file__).parent)
     for line in process.stdout:
-        if int(line) >= 14:
+        if int(line) >= 10:
             break
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     newest = checkpoints(out / "scratch")[-1]
-    assert 12 <= newest < 40
+    assert 8 <= newest < 24
     resumed = train(config, digit_shards, out)
     assert resumed.timing.resumed_at == newest
     whole = train(config, digit_shards, Location(str(tmp_path / "whole")))

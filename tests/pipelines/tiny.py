@@ -1,0 +1,97 @@
+"""A small pool of real images and a recipe with every stage, for the tests of the pipeline."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from sklearn.datasets import load_digits
+
+N_WEB, N_EXAM = 150, 40
+
+
+def digit(i: int, side: int = 32) -> Image.Image:
+    """One of scikit-learn's handwritten digits as an RGB picture."""
+    pixels = (load_digits().images[i] * 255 / 16).astype("u1")
+    return Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def make_images(folder: Path) -> None:
+    """A crawl with near and exact copies, leaks and broken files, and a labelled exam."""
+    target = load_digits().target
+    web, exam = folder / "web", folder / "exam"
+    web.mkdir(parents=True)
+    for i in range(N_WEB):
+        digit(i).save(web / f"{i:04d}.png")
+    for i in range(0, 40, 4):  # near copies: the picture re-encoded, larger
+        digit(i, 48).save(web / f"copy-{i:04d}.jpg", quality=95)
+    (web / "again.png").write_bytes((web / "0003.png").read_bytes())
+    (web / "broken.jpg").write_bytes((web / "copy-0000.jpg").read_bytes()[:300])
+    (web / "page.png").write_bytes(b"<html>not an image</html>")
+    digit(7, 4).save(web / "tiny.png")
+    for i in range(N_WEB, N_WEB + N_EXAM):
+        (exam / str(target[i])).mkdir(parents=True, exist_ok=True)
+        digit(i).save(exam / str(target[i]) / f"{i:04d}.png")
+    names = [f"{i:04d}.png" for i in range(N_WEB)]
+    labels = pa.table({"source": names, "label": [str(label) for label in target[:N_WEB]]})
+    pq.write_table(labels, folder / "labels.parquet")
+    for i in range(N_WEB, N_WEB + 5):  # leaks
+        digit(i).save(web / f"leak-{i:04d}.png", compress_level=1)
+
+
+def noise_png(rng: np.random.Generator, side: int = 24) -> bytes:
+    """A picture that does not compress."""
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+TRAIN = {
+    "width": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "local_size": 16, "n_local": 2,
+    "n_prototypes": 64, "head_hidden": 32, "head_bottleneck": 16, "n_steps": 6, "warmup_steps": 1, "batch": 16,
+}  # fmt: skip
+
+
+def recipe(folder: Path, part_rows: int = 16) -> dict[str, Any]:
+    """Every stage at least once, as a parsed recipe."""
+    pixels = {"stage": "embed", "backbone": "pixels"}
+    return {
+        "seed": 0,
+        "resources": {"loader_workers": 0, "checkpoint_every": 2},
+        "steps": {
+            "web": {
+                "stage": "pool", "source": str(folder / "web"), "min_side": 8, "part_rows": part_rows,
+                "max_bad_fraction": 0.1,
+            },
+            "exam": {"stage": "pool", "source": str(folder / "exam"), "part_rows": part_rows},
+            "usable": {"stage": "select", "pool": "web", "where": "width >= 24"},
+            "web_copy": {**pixels, "pool": "web", "selection": "usable"},
+            "exam_copy": {**pixels, "pool": "exam"},
+            "near": {"stage": "neighbors", "embeddings": "web_copy", "n_neighbors": 8, "min_similarity": 0.99},
+            "unique": {"stage": "dedup", "neighbors": "near"},
+            "clean": {
+                "stage": "decontaminate", "embeddings": "web_copy", "selection": "unique", "reference": "exam_copy",
+                "min_similarity": 0.99,
+            },
+            "raw": {"stage": "shards", "pool": "web", "selection": "usable", "shard_rows": 16, "mix_rows": 40},
+            "first": {"stage": "train", "shards": "raw", **TRAIN},
+            "web_vec": {"stage": "embed", "pool": "web", "selection": "clean", "backbone": "first"},
+            "tree": {"stage": "cluster", "embeddings": "web_vec", "n_clusters": [20, 5], "n_resamples": 2,
+                     "resample_size": [3, 2]},
+            "balanced": {"stage": "sample", "hierarchy": "tree", "target": 60},
+            "shards": {"stage": "shards", "pool": "web", "selection": "balanced", "shard_rows": 8, "mix_rows": 20},
+            "score": {"stage": "evaluate", "backbone": "first", "bank": "exam", "queries": "exam", "n_neighbors": 5},
+            "page": {"stage": "report", "labels": str(folder / "labels.parquet")},
+        },
+    }  # fmt: skip
+
+
+# One step of each stage: the contract is shown on these.
+STEP_OF_STAGE = {
+    "pool": "web", "select": "usable", "embed": "web_vec", "neighbors": "near", "dedup": "unique",
+    "decontaminate": "clean", "cluster": "tree", "sample": "balanced", "shards": "shards", "train": "first",
+    "evaluate": "score", "report": "page",
+}  # fmt: skip
