@@ -64,8 +64,11 @@ class Artifact:
             manifest: dict[str, Any] = json.loads((self.location / MANIFEST).read())
         except FileNotFoundError as e:
             raise ValueError(f"{self.location} is not finished: it has no {MANIFEST}") from e
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"{self.location} must have format {FORMAT}: got {manifest.get('format')}")
+        except ValueError as e:
+            raise ValueError(f"{self.location / MANIFEST} must be JSON: {e}") from e
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found != FORMAT:
+            raise ValueError(f"{self.location} must have format {FORMAT}: got {found}")
         return manifest
 
     @cached_property
@@ -136,11 +139,14 @@ def part_name(index: int, prefix: str = "part") -> str:
 
 
 def write_table(location: Location, table: pa.Table, counts: Counts | None = None, compress: bool = True) -> FileInfo:
-    """Write one Parquet file, whole or not at all; ``counts`` are kept in it, so that a resumed step finds them."""
+    """Write one Parquet file, whole or not at all; ``counts`` are kept in it, so that a resumed step finds them.
+
+    Equal values give equal bytes: how the table is cut into chunks does not show.
+    """
     schema_metadata = {**(table.schema.metadata or {}), METADATA_KEY: json.dumps(counts or {}).encode()}
     with location.side_file() as side:
         pq.write_table(
-            table.replace_schema_metadata(schema_metadata),
+            table.combine_chunks().replace_schema_metadata(schema_metadata),
             side,
             compression="zstd" if compress else "none",
             use_dictionary=compress,
@@ -163,13 +169,18 @@ def describe(location: Location) -> FileInfo:
         if not location.name.endswith(".parquet"):
             return FileInfo(location.name, 0, size, digest, {})
         with pq.ParquetFile(path) as file:
-            counts = json.loads(file.metadata.metadata.get(METADATA_KEY, b"{}"))
+            counts = json.loads((file.metadata.metadata or {}).get(METADATA_KEY, b"{}"))
             return FileInfo(location.name, file.metadata.num_rows, size, digest, counts)
+
+
+def by_name(file: FileInfo) -> str:
+    """The order of files in an artifact."""
+    return file.name
 
 
 def content_digest(files: Iterable[FileInfo]) -> str:
     """A hash over names and checksums."""
-    lines = "".join(f"{file.sha256}  {file.name}\n" for file in sorted(files))
+    lines = "".join(f"{file.sha256}  {file.name}\n" for file in sorted(files, key=by_name))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -184,7 +195,7 @@ def add_counts(counts: Iterable[Counts]) -> Counts:
 
 def finish(location: Location, files: Sequence[FileInfo], head: Mapping[str, Any]) -> Artifact:
     """Write the manifest, which makes the artifact. ``head`` is everything in it but the list of files."""
-    files = sorted(files)
+    files = sorted(files, key=by_name)
     manifest: dict[str, Any] = {"format": FORMAT, **head, "digest": content_digest(files)}
     if len(files) > MAX_LISTED_FILES:
         rows = [{**file._asdict(), "counts": json.dumps(file.counts)} for file in files]

@@ -66,6 +66,6 @@ def histogram_text(similarity: np.ndarray) -> str:
     """Similarities as ``0.990-0.992: 12, ...`` in ten bins, for the message that stops a step."""
     if not len(similarity):
         return "no similarities"
-    counts, edges = np.histogram(similarity, bins=10)
+    counts, edges = np.histogram(similarity.astype(np.float64), bins=10)  # float32: no ten bins in a narrow range
     bins = [f"{a:.3f}-{b:.3f}: {n}" for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True) if n]
     return ", ".join(bins)

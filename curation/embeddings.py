@@ -43,15 +43,20 @@ def write_embeddings(
 
 
 def read_embeddings(location: Location) -> tuple[np.ndarray, np.ndarray]:
-    """``rows`` int32 (n,) and ``x`` (n, d) in the dtype on disk, without a copy where the file has one chunk."""
+    """``rows`` int32 (n,) and ``x`` (n, d) in the dtype on disk, without a copy where the file has one chunk.
+
+    Raises ValueError when the file holds no embeddings.
+    """
     table = read_table(location).combine_chunks()
+    if b"embedding" not in (table.schema.metadata or {}):
+        raise ValueError(f"{location} must hold embeddings: it has {', '.join(table.column_names)}")
     shape = json.loads(table.schema.metadata[b"embedding"])
     dtype = np.dtype(shape["dtype"])
     if table.num_rows == 0:
         return np.zeros(0, np.int32), np.zeros((0, shape["width"]), dtype)
     cells = table["embedding"].chunk(0)
-    x = np.frombuffer(cells.buffers()[1], dtype).reshape(-1, shape["width"])
-    return table["row"].to_numpy(), x[cells.offset : cells.offset + len(cells)]
+    values = np.frombuffer(cells.buffers()[1], dtype, len(cells) * shape["width"], cells.offset * cells.type.byte_width)
+    return table["row"].to_numpy(), values.reshape(len(cells), shape["width"])
 
 
 def covered_rows(location: Location) -> np.ndarray:
@@ -82,7 +87,8 @@ class EmbeddingsPart:
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """``rows`` int32 (n,) within the pool's part and ``x`` float32 (n, d), all of it."""
         rows, x = read_embeddings(self.location)
-        return rows, np.concatenate([self._scaled(x[i : i + BLOCK_ROWS]) for i in range(0, len(x), BLOCK_ROWS)] or [x])
+        blocks = [self._scaled(x[start : start + BLOCK_ROWS]) for start in range(0, len(x), BLOCK_ROWS)]
+        return rows, np.concatenate(blocks) if blocks else x.astype(np.float32)
 
     def _scaled(self, x: np.ndarray) -> np.ndarray:
         x = x.astype(np.float32)

@@ -5,6 +5,7 @@ serially is the code a cluster runs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 Item = TypeVar("Item")
@@ -13,7 +14,11 @@ Value_co = TypeVar("Value_co", covariant=True)
 
 
 class Ref(Protocol[Value_co]):
-    """A value that may live on a worker. It can be handed on in ``shared`` without passing through the driver."""
+    """A value that may live on a worker, and need not pass through the driver.
+
+    It is handed on as a value of ``shared``, or inside an item: there the task calls ``get``, which reads a value
+    once a node, as ``shared`` does.
+    """
 
     def get(self) -> Value_co:
         """Bring the value here."""
@@ -117,6 +122,8 @@ def fold(results: Iterable[Result], merge: Callable[[Result, Result], Result]) -
 
 def fold_tree(results: Iterable[Result], merge: Callable[[Result, Result], Result], fan_in: int) -> Result:
     """Fold ``fan_in`` neighbours at a time, level by level, holding at most ``fan_in`` results of a level."""
+    if fan_in < 2:
+        raise ValueError(f"fan_in must be at least 2: got {fan_in}")
     levels: list[list[Result]] = [[]]
 
     def push(level: int, result: Result) -> None:
@@ -124,15 +131,30 @@ def fold_tree(results: Iterable[Result], merge: Callable[[Result, Result], Resul
             levels.append([])
         levels[level].append(result)
         if len(levels[level]) == fan_in:
-            group, levels[level] = levels[level], []
-            push(level + 1, fold(group, merge))
+            close(level)
+
+    def close(level: int) -> None:
+        group, levels[level] = levels[level], []
+        push(level + 1, fold(group, merge))
 
     for result in results:
         push(0, result)
-    for level in range(len(levels)):  # what is left of each level goes up as one group, as on a cluster
-        group, levels[level] = levels[level], []
-        if group and any(levels[level + 1 :]):
-            push(level + 1, fold(group, merge))
-        elif group:
-            return fold(group, merge)
-    raise ValueError("nothing to fold")
+    level = 0
+    while any(levels[level + 1 :]):  # what is left of a level goes up as one group, as on a cluster
+        if levels[level]:
+            close(level)
+        level += 1
+    return fold(levels[level], merge)
+
+
+def on_worker(executor: Executor, fn: Callable[..., Result], shared: Mapping[str, Any]) -> Ref[Result]:
+    """``fn(**shared)`` in one task; its value stays where it was made, so the driver never holds O(rows)."""
+    return executor.reduce(partial(_without_item, fn), [None], _never_merged, shared=shared)
+
+
+def _without_item(fn: Callable[..., Result], _: None, **shared: Any) -> Result:
+    return fn(**shared)
+
+
+def _never_merged(a: Any, b: Any) -> Any:
+    raise AssertionError("one item has nothing to merge with")

@@ -1,13 +1,14 @@
 """Hierarchical k-means with resampling (Vo et al. 2024, arXiv 2405.15613), level by level over parts of rows."""
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from curation.execute import Executor, SerialExecutor
+from curation.execute import Executor, Ref, SerialExecutor, on_worker
 from curation.kmeans import ArrayRows, Rows, SubsetRows, assign_part, finite_rows, fit_centroids
 
 
@@ -130,7 +131,7 @@ def hierarchical_kmeans(
     every centroid; None stands for half the average cluster, 1 or less for no resampling. A centroid counts once in
     the level above, whatever its rows, empty clusters too. A level has at most as many clusters as the level below.
     ``rng`` gives one seed; level t draws from keys (seed, t, ...). Holds, beside x, k * d * 28 bytes, 8 bytes a row
-    and, while it resamples, about 10 more. Raises ValueError for what k-means refuses and for lists of other lengths.
+    and, while it resamples, 16 more. Raises ValueError for what k-means refuses and for lists of other lengths.
     """
     points, seed, levels = finite_rows(x), int(rng.integers(2**32)), list[Level]()
     sizes = per_level(resample_size, len(n_clusters), "resample_size")
@@ -193,21 +194,67 @@ def resample(
     """Centroids float32 (k, d) of a fresh k-means on the ``size`` rows closest to each of the given centroids.
 
     Dense regions lose most rows, so centroids spread towards a uniform density over the support of the data.
-    k is at most the number of rows that are left. Labels and distances of one part at a time come to this process,
-    which holds what ``closest_members`` does: about 10 bytes a row when ``size`` is half the average cluster.
+    k is at most the number of rows that are left. Labels and distances are gathered on a worker, which holds them
+    and what ``closest_members`` does: at most 16 bytes a row when ``size`` is half the average cluster. This process
+    holds the number of chosen rows of each part.
     """
-    assigned = executor.map(assign_part, parts, shared={"centroids": centroids})
-    chosen = closest_members(assigned, len(centroids), size)
-    subsets = [SubsetRows(part, rows) for part, rows in zip(parts, chosen, strict=True)]
+    assigned = executor.reduce(assigned_part, parts, operator.add, shared={"centroids": centroids})
+    chosen = on_worker(executor, closest_members, {"assigned": assigned, "n_clusters": len(centroids), "size": size})
+    counts = on_worker(executor, chosen_counts, {"chosen": chosen}).get()
+    subsets = [ChosenRows(part, chosen, i, n_rows) for i, (part, n_rows) in enumerate(zip(parts, counts, strict=True))]
     return fit_centroids(subsets, n_clusters, seed_key, executor, n_iter)
 
 
-def closest_members(assigned: Iterable[tuple[np.ndarray, np.ndarray]], n_clusters: int, size: int) -> list[np.ndarray]:
-    """The ``size`` rows closest to the centroid in every cluster, ties to the earlier row, as rows of each part.
+Assigned = list[tuple[np.ndarray, np.ndarray]]  # labels and squared distances of parts, one after the other
 
-    assigned: labels int (n,) and squared distances float32 (n,) of one part after the other, read once. Returns for
-    each part the chosen rows, int64, ascending. Holds one part and a heap of ``size`` (distance, row) a cluster:
-    n_clusters * size * 12 bytes, and 8 more for each chosen row at the end; nothing that grows with the rows.
+
+def assigned_part(part: Rows, centroids: np.ndarray) -> Assigned:
+    """``assign_part``, as a list of one: lists of neighbours are joined where they were made."""
+    return [assign_part(part, centroids)]
+
+
+@dataclass(frozen=True)
+class Chosen(Sequence[np.ndarray]):
+    """Rows of every part, in two flat arrays; item i is the rows of part i, int64, ascending, counted in the part."""
+
+    positions: np.ndarray  # int64 (m,), ascending, counted over all parts
+    starts: np.ndarray  # int64 (n_parts + 1,), position of the first row of each part
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, part: int) -> np.ndarray:  # type: ignore[override]  # no slices
+        low, high = np.searchsorted(self.positions, self.starts[[part, part + 1]])
+        rows: np.ndarray = self.positions[low:high] - self.starts[part]
+        return rows
+
+
+def chosen_counts(chosen: Chosen) -> list[int]:
+    """How many rows of each part are chosen."""
+    counts: list[int] = np.diff(np.searchsorted(chosen.positions, chosen.starts)).tolist()
+    return counts
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """The chosen rows of another part, as a part. Which rows these are is looked up where they are read."""
+
+    part: Rows
+    chosen: Ref[Chosen]
+    index: int  # of the part in ``chosen``
+    n_rows: int
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """As ``SubsetRows``."""
+        return SubsetRows(self.part, self.chosen.get()[self.index]).blocks()
+
+
+def closest_members(assigned: Iterable[tuple[np.ndarray, np.ndarray]], n_clusters: int, size: int) -> Chosen:
+    """The ``size`` rows closest to the centroid in every cluster, ties to the earlier row.
+
+    assigned: labels int (n,) and squared distances float32 (n,) of one part after the other, read once. Holds a heap
+    of ``size`` (distance, row) a cluster, n_clusters * size * 12 bytes, with a byte a row; then that byte with 8 for
+    each chosen row.
     """
     from curation import loops
 
@@ -218,6 +265,8 @@ def closest_members(assigned: Iterable[tuple[np.ndarray, np.ndarray]], n_cluster
     for labels, sq_distance in assigned:
         loops.push_closest(distance, row, filled, labels, sq_distance, starts[-1])
         starts.append(starts[-1] + len(labels))
-    chosen = np.sort(row[np.arange(size) < filled[:, None]])
-    cuts = np.searchsorted(chosen, starts)
-    return [chosen[cuts[i] : cuts[i + 1]] - starts[i] for i in range(len(starts) - 1)]
+    mask = np.zeros(starts[-1], bool)
+    for cluster, n_rows in enumerate(filled.tolist()):
+        mask[row[cluster, :n_rows]] = True
+    del distance, row  # before there are positions
+    return Chosen(np.flatnonzero(mask), np.array(starts, np.int64))

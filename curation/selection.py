@@ -26,7 +26,7 @@ def write_selection(location: Location, rows: np.ndarray, kept: np.ndarray, **wh
 
     Raises ValueError when rows are not ascending: a join by ``searchsorted`` would go wrong silently.
     """
-    if len(rows) and not (np.diff(rows) > 0).all():
+    if not (rows[1:] > rows[:-1]).all():
         raise ValueError(f"{location.name} must have strictly ascending rows")
     table = pa.table({"row": pa.array(rows, pa.int32()), "kept": pa.array(kept, pa.bool_()), **why})
     n_kept = int(kept.sum())

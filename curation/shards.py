@@ -21,17 +21,17 @@ RECORD = 10_240  # bytes, a tar's length is a multiple of this
 COPY = 1 << 20  # bytes written at a time
 
 INDEX_SCHEMA = pa.schema(
-    {
-        "key": pa.string(),
-        "row_id": pa.int64(),
-        "offset": pa.int64(),  # of the image's bytes in the tar
-        "length": pa.int64(),
-        "format": pa.string(),
-        "label": pa.string(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "count": pa.int32(),  # times an epoch
-    }
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("row_id", pa.int64(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),  # of the image's bytes in the tar
+        pa.field("length", pa.int64(), nullable=False),
+        pa.field("format", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("width", pa.int32(), nullable=False),  # pixels; 0: not known
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("count", pa.int32(), nullable=False),  # times an epoch, at least 1
+    ]
 )
 EXTENSIONS = {"jpeg": "jpg", "tiff": "tif"}  # others are their format's name
 

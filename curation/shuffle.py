@@ -10,7 +10,12 @@ from curation.store import Location
 
 
 def write_shuffle(location: Location, records: np.ndarray, destination: np.ndarray, n_destinations: int) -> None:
-    """Write ``records`` (n,) of a structured or plain dtype, grouped by ``destination`` int (n,), order kept."""
+    """Write ``records`` (n,) of a structured or plain dtype, grouped by ``destination`` int (n,), order kept.
+
+    Raises ValueError when a record has no destination, or one out of range.
+    """
+    if len(records) != len(destination):
+        raise ValueError(f"every record must have a destination: got {len(records)} and {len(destination)}")
     if len(destination) and not 0 <= destination.min() <= destination.max() < n_destinations:
         raise ValueError(f"destinations must be in [0, {n_destinations}): got {destination.min()}..{destination.max()}")
     offsets = np.zeros(n_destinations + 1, "<i8")
@@ -21,9 +26,11 @@ def write_shuffle(location: Location, records: np.ndarray, destination: np.ndarr
 
 
 def read_shuffle(location: Location, dtype: np.dtype, destination: int) -> np.ndarray:
-    """The records for one destination, in the order they were written."""
-    begin, end = np.frombuffer(location.read(8 + 8 * destination, 16), "<i8")
+    """The records for one destination, in the order they were written. Raises ValueError for one out of range."""
     n_destinations = int(np.frombuffer(location.read(0, 8), "<i8")[0])
+    if not 0 <= destination < n_destinations:
+        raise ValueError(f"{location} must have destination {destination}: it has {n_destinations}")
+    begin, end = np.frombuffer(location.read(8 + 8 * destination, 16), "<i8")
     head = 8 + 8 * (n_destinations + 1)
     data = location.read(head + int(begin) * dtype.itemsize, int(end - begin) * dtype.itemsize)
     return np.frombuffer(data, dtype)

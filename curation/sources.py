@@ -26,6 +26,7 @@ METADATA_SUFFIXES = frozenset(
 )
 CAPTION_COLUMNS = ("caption", "text")
 COALESCE_GAP = 1 << 18  # bytes between two ranges of one object that are cheaper read than asked for apart
+COALESCE_BYTES = 1 << 26  # of one such request, unless one image is larger
 
 
 class Unit(NamedTuple):
@@ -62,8 +63,8 @@ class Listing(NamedTuple):
 def list_source(source: Location) -> Listing:
     """List a folder, a prefix, or a single tar, Parquet or image file.
 
-    Raises FileNotFoundError when there is nothing of that name. O(files) names are held here: pools of more than
-    some 10^7 images are kept in tars or Parquet, of which a listing is short.
+    Raises FileNotFoundError when there is nothing of that name, ValueError for a name that is no UTF-8. O(files)
+    names are held here: pools of more than some 10^7 images are kept in tars or Parquet, of which a listing is short.
     """
     root = source_root(source)
     if root == source:
@@ -73,6 +74,9 @@ def list_source(source: Location) -> Listing:
     else:
         raise FileNotFoundError(f"no folder or file {source}")
     wanted = [entry for entry in entries if _is_candidate(entry.name)]
+    odd = [entry.name for entry in wanted if _utf8(entry.name) != entry.name]
+    if odd:
+        raise ValueError(f"file names must be UTF-8: {len(odd)} below {source} are not, first {odd[0]!r}")
     return Listing(root, wanted, len(entries) - len(wanted))
 
 
@@ -152,22 +156,23 @@ def read_tar(path: Path, source: str, label_column: str) -> Iterator[Record]:
     """
     images: list[Record] = []
     side: dict[str, bytes] = {}
-    last_key = ""
-    with path.open("rb") as file:
-        for member, data in _tar_members(path, file):
-            if member is None:
-                yield from _with_side(images, side, label_column)
-                yield Record(source, None, None, None, detail=str(data, "utf-8"))
-                return
+    last_key, broken = "", ""
+    try:
+        for member, data in _tar_members(path):
             key, suffix = split_key(member.name)
             if key != last_key:
                 yield from _with_side(images, side, label_column)
                 images, side, last_key = [], {}, key
             if f".{suffix.rpartition('.')[2]}".lower() in METADATA_SUFFIXES:
-                side[suffix.lower()] = data
+                side[suffix.lower()] = data or b""
             else:
-                images.append(Record(source, member.name, member.offset_data, data))
-        yield from _with_side(images, side, label_column)
+                detail = "" if data is not None else "a sparse member of a tar"
+                images.append(Record(source, _utf8(member.name), member.offset_data, data, detail=detail))
+    except tarfile.TarError as e:
+        broken = str(e)
+    yield from _with_side(images, side, label_column)
+    if broken:
+        yield Record(source, None, None, None, detail=broken)
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -177,26 +182,37 @@ def split_key(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix
 
 
-def _tar_members(path: Path, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo | None, bytes]]:
-    """Regular members with their bytes; a pair (None, reason) where the tar breaks off."""
+def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """Regular members with their bytes (None for a sparse one). Raises tarfile.TarError where the tar breaks off."""
     size = path.stat().st_size
     n_read = 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             for member in tar:
-                if not member.isreg():
-                    continue
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"member {member.name!r} needs more bytes than the file has")
-                file.seek(member.offset_data)
-                yield member, file.read(member.size)
-                n_read += 1
+                if member.size < 0 or (member.isreg() and member.offset_data + _stored(member) > size):
+                    raise tarfile.ReadError(f"member {member.name!r} needs bytes that the file does not have")
+                if member.isreg():
+                    file.seek(member.offset_data)
+                    yield member, None if member.issparse() else file.read(member.size)
+                    n_read += 1
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header it has seen
-            file.seek(tar.offset)
-            if file.read(512).strip(b"\0"):  # tarfile takes a spoilt header for the end
-                raise tarfile.ReadError("a member's header is spoilt")
-    except tarfile.TarError as e:
-        yield None, f"tar breaks off after {n_read} members: {e}".encode()
+            _check_end(file, tar.offset)
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as e:  # tarfile lets some pass for bad headers
+        raise tarfile.ReadError(f"tar breaks off after {n_read} members: {e}") from e
+
+
+def _stored(member: tarfile.TarInfo) -> int:
+    return 0 if member.issparse() else member.size  # a sparse member says how long it would be without holes
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """Raise unless a block of zeros, the end of a tar, is at ``offset``: tarfile takes a spoilt header for the end."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("the file ends before the end mark")
+    if block.strip(b"\0"):
+        raise tarfile.ReadError("a member's header is spoilt")
 
 
 def _with_side(images: Iterable[Record], side: Mapping[str, bytes], label_column: str) -> Iterator[Record]:
@@ -217,12 +233,17 @@ def _json_text(data: bytes | None) -> str | None:
     """JSON as text, or None where it is none: metadata that does not parse must not cost the image."""
     try:
         return json.dumps(json.loads(data), sort_keys=True) if data else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _text(value: object) -> str | None:
-    return None if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+    return None if value is None else _utf8(value if isinstance(value, str) else json.dumps(value, default=str))
+
+
+def _utf8(text: str) -> str:
+    """Text that a table can hold: half surrogates, of names that are no UTF-8 or of JSON, become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @contextmanager
@@ -263,13 +284,19 @@ def _read_row_groups(file: pq.ParquetFile, unit: Unit, image_column: str, label_
 
 def _image_cells(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray | None, pa.ChunkedArray]:
     """(paths, bytes) of an image column: binary, or Hugging Face's struct of bytes and path."""
-    if not pa.types.is_struct(column.type):
-        return None, column
-    fields = [column.type.field(i).name for i in range(column.type.num_fields)]
-    if "bytes" not in fields:
-        raise ValueError(f"an image column must be binary or a struct with 'bytes': it has {', '.join(fields)}")
-    flat = dict(zip(fields, column.flatten(), strict=True))
-    return flat.get("path"), flat["bytes"]
+    cells: dict[str, pa.ChunkedArray] = {"bytes": column}
+    if pa.types.is_struct(column.type):
+        names = [column.type.field(i).name for i in range(column.type.num_fields)]
+        cells = dict(zip(names, column.flatten(), strict=True))
+    if "bytes" not in cells or not _is_binary(cells["bytes"].type):
+        raise ValueError(f"an image column must be binary or a struct with binary 'bytes': got {column.type}")
+    return cells.get("path"), cells["bytes"]
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    types = pa.types
+    checks = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    return any(check(kind) for check in checks)
 
 
 def read_checked(root: Location, rows: pa.Table, image_column: str = "image") -> Iterator[bytes]:
@@ -285,12 +312,23 @@ def read_checked(root: Location, rows: pa.Table, image_column: str = "image") ->
 def read_images(root: Location, rows: pa.Table, image_column: str = "image") -> Iterator[bytes]:
     """The original bytes of pool rows (columns source, offset, n_bytes), in order.
 
-    Rows of one container are read together: tars by ranges, Parquet by row group. Raises ValueError when a
-    container no longer holds what the pool saw.
+    Rows of one container are read together: tars by ranges, Parquet by row group. Raises ValueError when an image
+    is not as long as the pool saw it.
     """
-    sources = rows["source"].to_pylist()
-    offsets = rows["offset"].to_pylist()
-    lengths = rows["n_bytes"].to_pylist()
+    sources, lengths = rows["source"].to_pylist(), rows["n_bytes"].to_pylist()
+    found = _read_runs(root, sources, rows["offset"].to_pylist(), lengths, image_column)
+    for name, length, data in zip(sources, lengths, found, strict=True):
+        if len(data) != length:
+            raise ValueError(
+                f"{root / name} must hold the image that the pool saw: it had {length} bytes and has {len(data)}"
+            )
+        yield data
+
+
+def _read_runs(
+    root: Location, sources: list[str], offsets: list[int], lengths: list[int], image_column: str
+) -> Iterator[bytes]:
+    """Images one after the other; neighbours with one source are read together."""
     start = 0
     while start < len(sources):
         stop = start + 1
@@ -319,6 +357,8 @@ def read_ranges(location: Location, offsets: Sequence[int], lengths: Sequence[in
     while start < len(offsets):
         stop, end = start + 1, offsets[start] + lengths[start]
         while stop < len(offsets) and 0 <= offsets[stop] - end <= COALESCE_GAP:
+            if offsets[stop] + lengths[stop] - offsets[start] > COALESCE_BYTES:
+                break
             end = offsets[stop] + lengths[stop]
             stop += 1
         data = location.read(offsets[start], end - offsets[start])
@@ -330,7 +370,7 @@ def read_ranges(location: Location, offsets: Sequence[int], lengths: Sequence[in
 def _read_parquet_rows(location: Location, wanted: Sequence[int], image_column: str) -> Iterator[bytes]:
     with _open_parquet(location) as file:
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+        starts = np.cumsum([0, *sizes])
         loaded, images = -1, pa.chunked_array([], pa.binary())
         for row in wanted:
             group = int(np.searchsorted(starts, row, side="right")) - 1
@@ -339,4 +379,4 @@ def _read_parquet_rows(location: Location, wanted: Sequence[int], image_column: 
             if group != loaded:
                 table = file.read_row_group(group, columns=[image_column])
                 loaded, images = group, _image_cells(table[image_column])[1]
-            yield images[row - int(starts[group])].as_py()
+            yield images[row - int(starts[group])].as_py() or b""

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HASH_CHUNK = 1 << 22
+READ_TRIES = 3  # of one range, when the connection breaks in the middle of it
 SIDE_PREFIX = ".side-"  # names of unfinished files: never listed, swept when a step starts
 
 
@@ -65,8 +65,11 @@ class Location:
 
     @property
     def parent(self) -> "Location":
-        """The location above."""
-        return Location(self.uri.rstrip("/").rpartition("/")[0] or "/")
+        """The location above; a bucket is its own parent."""
+        above, slash, _ = self.uri.rstrip("/").rpartition("/")
+        if not self.is_local and not self.key:
+            return self
+        return Location(above or slash or ".")
 
     @property
     def path(self) -> Path:
@@ -97,7 +100,9 @@ class Location:
         """A local directory, or an S3 prefix with something below it."""
         if self.is_local:
             return self.path.is_dir()
-        return bool(client().list_objects_v2(Bucket=self.bucket, Prefix=_prefix(self), MaxKeys=1).get("KeyCount"))
+        with _as_on_disk(self):
+            found = client().list_objects_v2(Bucket=self.bucket, Prefix=_prefix(self), MaxKeys=1)
+        return bool(found.get("KeyCount"))
 
     def entry(self) -> Entry:
         """Size and stamp of this file or object. Raises FileNotFoundError."""
@@ -110,7 +115,7 @@ class Location:
         return Entry(self.name, int(head["ContentLength"]), str(head["ETag"]).strip('"'))
 
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
-        """All bytes, or ``length`` bytes from ``offset``. Raises FileNotFoundError."""
+        """All bytes, or ``length`` bytes from ``offset``, fewer at the end. Raises FileNotFoundError."""
         if self.is_local:
             with self.path.open("rb") as file:
                 file.seek(offset)
@@ -118,30 +123,30 @@ class Location:
         if length == 0:
             return b""
         end = "" if length is None else str(offset + length - 1)
-        extra = {"Range": f"bytes={offset}-{end}"} if offset or length is not None else {}
-        with _not_found(self):
-            body: bytes = client().get_object(Bucket=self.bucket, Key=self.key, **extra)["Body"].read()
-        return body
+        with _as_on_disk(self):
+            return _get(self, {"Range": f"bytes={offset}-{end}"} if offset or length is not None else {})
 
     def list(self) -> list[Entry]:
         """Every finished file below, sorted by name (by code point, the same on every system)."""
-        return sorted(self._walk() if self.is_local else self._objects())
+        entries = self._walk() if self.is_local else self._objects()
+        return sorted(entry for entry in entries if not entry.name.rpartition("/")[2].startswith(SIDE_PREFIX))
 
     def _walk(self) -> Iterator[Entry]:
         root = str(self.path)
         for folder, _, names in os.walk(root, followlinks=False):
             for name in names:
                 full = os.path.join(folder, name)  # noqa: PTH118  (os.walk over millions of names: no Path objects)
-                if not name.startswith(SIDE_PREFIX) and os.path.isfile(full):  # noqa: PTH113
+                if os.path.isfile(full):  # noqa: PTH113  (no broken links)
                     stat = os.stat(full)  # noqa: PTH116
                     yield Entry(os.path.relpath(full, root).replace(os.sep, "/"), stat.st_size, str(stat.st_mtime_ns))
 
     def _objects(self) -> Iterator[Entry]:
         prefix = _prefix(self)
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
-            for item in page.get("Contents", []):
-                if not item["Key"].endswith("/"):
-                    yield Entry(item["Key"][len(prefix) :], int(item["Size"]), item["ETag"].strip('"'))
+        with _as_on_disk(self):
+            for page in client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+                for item in page.get("Contents", []):
+                    if not item["Key"].endswith("/"):  # what some tools put there for a folder
+                        yield Entry(item["Key"][len(prefix) :], int(item["Size"]), item["ETag"].strip('"'))
 
     def write(self, data: bytes) -> None:
         """Put ``data`` here, whole or not at all."""
@@ -153,19 +158,14 @@ class Location:
         if self.is_local:
             with self.side_file(publish=False) as side:
                 side.write_bytes(data)
+                _sync(side)
                 try:
                     os.link(side, self.path)
                 except FileExistsError as e:
                     raise Conflict(self.uri) from e
             return
-        from botocore.exceptions import ClientError
-
-        try:
+        with _as_on_disk(self):
             client().put_object(Bucket=self.bucket, Key=self.key, Body=data, IfNoneMatch="*")
-        except ClientError as e:
-            if e.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
-                raise Conflict(self.uri) from e
-            raise
 
     @contextmanager
     def side_file(self, publish: bool = True) -> Iterator[Path]:
@@ -184,11 +184,11 @@ class Location:
     def publish(self, side: Path) -> None:
         """Give the finished local file its final name here, in one rename or one upload."""
         if self.is_local:
-            with side.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(side)
             side.replace(self.path)
         else:
-            client().upload_file(str(side), self.bucket, self.key)
+            with _as_on_disk(self):
+                client().upload_file(str(side), self.bucket, self.key)
 
     @contextmanager
     def local_copy(self) -> Iterator[Path]:
@@ -196,22 +196,29 @@ class Location:
         if self.is_local:
             yield self.path
             return
-        with tempfile.TemporaryDirectory(prefix="openlvd-") as folder, _not_found(self):
-            client().download_file(self.bucket, self.key, str(Path(folder) / "copy"))
-            yield Path(folder) / "copy"
+        with tempfile.TemporaryDirectory(prefix="openlvd-") as folder:
+            copy = Path(folder) / "copy"
+            with _as_on_disk(self):
+                client().download_file(self.bucket, self.key, str(copy))
+            yield copy
 
     def delete(self) -> None:
         """Remove this file, or this folder and everything below. Nothing there is fine."""
         if self.is_local:
-            if self.path.is_dir():
+            if self.path.is_dir() and not self.path.is_symlink():
                 shutil.rmtree(self.path)
             else:
                 self.path.unlink(missing_ok=True)
             return
-        client().delete_object(Bucket=self.bucket, Key=self.key)
-        names = [{"Key": f"{_prefix(self)}{entry.name}"} for entry in self._objects()]
-        for start in range(0, len(names), 1000):  # the most that one request takes
-            client().delete_objects(Bucket=self.bucket, Delete={"Objects": names[start : start + 1000], "Quiet": True})
+        with _as_on_disk(self):
+            if self.key:
+                client().delete_object(Bucket=self.bucket, Key=self.key)
+            pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=_prefix(self))
+            for page in pages:  # as many as one request deletes
+                if keys := [{"Key": item["Key"]} for item in page.get("Contents", [])]:
+                    done = client().delete_objects(Bucket=self.bucket, Delete={"Objects": keys, "Quiet": True})
+                    if refused := done.get("Errors"):
+                        raise OSError(f"S3 did not delete {len(refused)} objects below {self}, first {refused[0]}")
 
     def sweep(self) -> None:
         """Remove the unfinished files that a killed writer left below. On S3 there are none."""
@@ -236,29 +243,58 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sync(side: Path) -> None:
+    with side.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def _prefix(location: Location) -> str:
     return location.key + "/" if location.key else ""
 
 
 def _head(location: Location) -> Any:
-    from botocore.exceptions import ClientError
-
+    if not location.key:
+        return None
     try:
-        return client().head_object(Bucket=location.bucket, Key=location.key)
-    except ClientError as e:
-        if e.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-            return None
-        raise
+        with _as_on_disk(location):
+            return client().head_object(Bucket=location.bucket, Key=location.key)
+    except FileNotFoundError:
+        return None
+
+
+def _get(location: Location, extra: dict[str, str]) -> bytes:
+    """One GET; the client asks again when an answer fails to come, and this when it breaks off."""
+    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+
+    for attempt in range(READ_TRIES):
+        try:
+            body: bytes = client().get_object(Bucket=location.bucket, Key=location.key, **extra)["Body"].read()
+        except ClientError as e:
+            if e.response["ResponseMetadata"]["HTTPStatusCode"] == 416:  # a range that starts at or after the end
+                return b""
+            raise
+        except (HTTPClientError, IncompleteReadError):
+            if attempt == READ_TRIES - 1:
+                raise
+        else:
+            return body
+    raise AssertionError("the last attempt returns or raises")
 
 
 @contextmanager
-def _not_found(location: Location) -> Iterator[None]:
-    """Turn S3's answer for an absent object into the error that a disk gives."""
-    from botocore.exceptions import ClientError
+def _as_on_disk(location: Location) -> Iterator[None]:
+    """Turn what S3 answers into the errors that a disk gives, with the location in them."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except ClientError as e:
-        if e.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-            raise FileNotFoundError(f"no object {location.uri}") from e
-        raise
+        status = e.response["ResponseMetadata"]["HTTPStatusCode"]
+        if status == 404:
+            raise FileNotFoundError(f"no object {location.uri}: {e}") from e
+        if status in (409, 412):
+            raise Conflict(location.uri) from e
+        raise (PermissionError if status in (401, 403) else OSError)(f"S3 refused {location.uri}: {e}") from e
+    except (Boto3Error, BotoCoreError) as e:
+        raise OSError(f"S3 failed at {location.uri}: {e}") from e

@@ -149,7 +149,7 @@ def crawl_files(split: Split, pixels: np.ndarray, exam: dict[str, int], rng: np.
     exact = [originals[i]._replace(kind="exact") for i in rng.choice(often, N_EXACT, replace=False)]
     thumbnails = [
         File(encode(render(pixels[digit], 16), "PNG"), "thumbnail", digit)
-        for digit in rng.choice(split.spare, N_THUMBNAILS, replace=False).tolist()
+        for digit in rng.choice(split.spare[: 2 * N_THUMBNAILS], N_THUMBNAILS, replace=False).tolist()
     ]
     tiny = [File(encode(Image.new("RGB", (1, 1), (40 * i, 0, 0)), "PNG"), "tiny") for i in range(N_TINY)]
     broken = [File(spoilt(first_bytes(pixels[split.spare[i]], rng), i), "broken") for i in range(N_BROKEN)]

@@ -4,6 +4,7 @@ Charts are ``WIDTH`` units wide, so that their letters keep their size on a phon
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -186,7 +187,7 @@ def binned(y: np.ndarray) -> list[tuple[float, float]]:
     """(position, mean) of at most ``MAX_POINTS`` bins; a bin without a finite value is nan."""
     edges = np.linspace(0, len(y), min(len(y), MAX_POINTS) + 1).astype(int)
     found = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         finite = y[start:end][np.isfinite(y[start:end])]
         found.append(((start + end - 1) / 2, float(finite.mean()) if len(finite) else float("nan")))
     return found
@@ -200,8 +201,9 @@ def bar_chart(series: Sequence[tuple[str, Sequence[float]]], ticks: Sequence[str
     wide = slot * (0.84 if n < 80 else 1.0) / len(series)
     parts = [y_axis(top), x_axis(ticks, len(ticks) - 1 or 1, x_label)]
     for k, (css, values) in enumerate(series):
+        left = LEFT + slot * 0.08 + k * wide
         path = "".join(
-            f"M{LEFT + i * slot + slot * 0.08 + k * wide:.1f} {y_of(0, 1):.1f}h{wide:.2f}V{y_of(v, top[-1]):.1f}h{-wide:.2f}z"
+            f"M{left + i * slot:.1f} {y_of(0, 1):.1f}h{wide:.2f}V{y_of(v, top[-1]):.1f}h{-wide:.2f}z"
             for i, v in enumerate(values)
             if v > 0
         )

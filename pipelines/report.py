@@ -189,7 +189,8 @@ def trainings(run: Run) -> list[dict[str, Any]]:
         found.append({
             "name": name, "shards": step_inputs(step)["shards"], "steps": config["n_steps"], "batch": config["batch"],
             "seen": step.counts["kept"], "loss": end, "uniform": uniform, "prototypes": config["n_prototypes"],
-            "used": float(np.nanmean(used[-last:])), "skipped": step.counts["skipped_steps"], "learnt": end < uniform - 0.1,
+            "used": float(np.nanmean(used[-last:])), "skipped": step.counts["skipped_steps"],
+            "learnt": end < uniform - 0.1,
             "chart": drawings.line_chart(curves, (uniform, f"ln K = {uniform:.2f}"), "step", "nats", alt),
         })  # fmt: skip
     return found

@@ -116,7 +116,8 @@ def duplicates(run: Run) -> list[dict[str, Any]]:
         cosine = cosines(run, near.input("embeddings"), pool, shown)
         found.append({
             "name": name, "counts": step.counts, "min_similarity": low, "backbone": near.facts["backbone"]["name"],
-            "keep": step.manifest["config"]["keep"], "histogram": histogram(pairs.histogram, low, "strongest similarity"),
+            "keep": step.manifest["config"]["keep"],
+            "histogram": histogram(pairs.histogram, low, "strongest similarity"),
             "groups": [
                 (title, [{"left": thumbs[p.near], "right": thumbs[p.row_id], "similarity": cosine[p.row_id],
                           "edge": p.similarity} for p in some])
@@ -229,7 +230,7 @@ def clusters(run: Run) -> list[dict[str, Any]]:
         shown = order[np.unique(np.linspace(0, n_top - 1, min(n_top, run.config.n_clusters)).astype(int))]
         last = list(samples.values())[-1] if samples else None
         found.append({
-            "name": name, "n_clusters": n_clusters, "backbone": backbone_of(tree), "sample": list(samples)[-1] if samples else "",
+            "name": name, "n_clusters": n_clusters, "backbone": backbone_of(tree), "sample": ["", *samples][-1],
             "charts": size_charts(sizes[:, order], list(samples)), "n_shown": len(shown),
             "sheets": sheets(run, tree, last, top, shown, sizes),
         })  # fmt: skip
@@ -324,7 +325,7 @@ def classes(run: Run) -> list[dict[str, Any]]:
             "name": name, "last": counted[-1][0], "n_classes": len(first),
             "rows": [{"step": step, **balance(counts)} for step, counts in counted],
             "bars": [{"label": label, "before": first[label], "after": last[label]} for label in shown],
-            "most": max(max(first.values()), max(last.values(), default=0)),
+            "most": max([*first.values(), *last.values()]),
         })  # fmt: skip
     return found
 
@@ -352,7 +353,7 @@ def labels_of_part(index: int, pool: Artifact, selection: Artifact | None, label
 
 
 def balance(counts: Mapping[str, int]) -> dict[str, Any]:
-    """How even a set of classes is: the number of even classes with the same entropy, and the largest to the smallest."""
+    """How even classes are: the number of even classes with the same entropy, and the largest to the smallest."""
     n = np.array([count for count in counts.values() if count], np.float64)
     p = n / max(n.sum(), 1)
     return {

@@ -7,11 +7,10 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 from curation.artifact import Artifact, Counts, FileInfo, describe
-from curation.execute import Executor, Ref
+from curation.execute import Executor
 from curation.store import Entry, Location
 
 Item = TypeVar("Item")
@@ -91,20 +90,12 @@ class Output:
             self.files += [files] if isinstance(files, FileInfo) else files
 
 
+def whole_files(out: Location, names: Sequence[str]) -> list[FileInfo]:
+    """The files of one part of an item, when an interrupted run left the last of them; otherwise none."""
+    return [describe(out / name) for name in names] if (out / names[-1]).exists() else []
+
+
 def part_span(artifact: Artifact) -> list[tuple[int, int, int]]:
     """(index, position of its first row, rows) of every part: what a task needs to know of a pool's part."""
     starts = artifact.starts
     return [(i, int(starts[i]), part.rows) for i, part in enumerate(artifact.parts)]
-
-
-def on_worker(executor: Executor, fn: Callable[..., Any], shared: Mapping[str, Any]) -> Ref[Any]:
-    """``fn(**shared)`` in one task; its value stays where it was made, so the driver never holds O(rows)."""
-    return executor.reduce(partial(_without_item, fn), [None], _never_merged, shared=shared)
-
-
-def _without_item(fn: Callable[..., Any], _: None, **shared: Any) -> Any:
-    return fn(**shared)
-
-
-def _never_merged(a: Any, b: Any) -> Any:
-    raise AssertionError("one item has nothing to merge with")

@@ -24,8 +24,9 @@ class AugmentConfig:
     """Ranges of the crops. The defaults are those of the released DINOv2 and DINOv3 models, for sources of 224 px.
 
     The papers name blur probabilities of 1, .1 and .5; the released code applied 0, .9 and .5, and so do we. Sources
-    of 8-32 px need larger crops (say ``global_scale`` from .5, ``local_scale`` from .2), no or little blur, and often
-    no colour jitter; images whose mirror image means something else (digits, text) need ``hflip`` 0.
+    of 8-32 px and runs of minutes need larger crops (``global_scale`` from .85, ``local_scale`` from .6, ``aspect``
+    within .85-1.18), no or little blur, and often no colour jitter; images whose mirror image means something else
+    (digits, text) need ``hflip`` 0.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # read by pipelines/, no import here

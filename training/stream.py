@@ -19,21 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from curation.shards import INDEX_SCHEMA
 from curation.store import Location
 
-INDEX_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("row_id", pa.int64(), nullable=False),
-        pa.field("offset", pa.int64(), nullable=False),  # of the image's bytes in the tar
-        pa.field("length", pa.int64(), nullable=False),
-        pa.field("format", pa.string(), nullable=False),
-        pa.field("label", pa.string()),
-        pa.field("width", pa.int32(), nullable=False),  # pixels; 0: not known
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("count", pa.int32(), nullable=False),  # times an epoch, at least 1
-    ]
-)
 _IMAGES = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "gif": "gif", "bmp": "bmp", "tif": "tiff",
            "tiff": "tiff", "ppm": "ppm"}  # fmt: skip
 _READERS = 16  # requests at a time when totals or samples come over a network

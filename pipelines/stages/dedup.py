@@ -11,11 +11,11 @@ from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name,
 from curation.components import merge_forests, part_forest
 from curation.dedup import Best, DedupConfig, best_rows, histogram_text, merge_best, strongest_edge
 from curation.embeddings import covered_rows
-from curation.execute import Executor
+from curation.execute import Executor, on_worker
 from curation.selection import write_selection
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.stage import Inputs, Output, Stage, on_worker, part_span
+from pipelines.stage import Inputs, Output, Stage, part_span
 
 Span = tuple[int, int, int]  # part, position of its first row in the pool, rows
 

@@ -31,7 +31,7 @@ from curation.shuffle import read_shuffle, write_shuffle
 from curation.sources import Listing, Record, Unit, list_source, plan_units, read_unit, split_parquet
 from curation.store import Entry, Location
 from pipelines.errors import UserError
-from pipelines.stage import Inputs, Output, Stage
+from pipelines.stage import Inputs, Output, Stage, whole_files
 
 BAD_REASONS = ("undecodable", "too_large")  # images that are broken, not merely unwanted
 SCAN_BATCH = 1024  # rows of Python values at a time before they become Arrow
@@ -184,11 +184,15 @@ def write_unit(
     files = [write_rejected(out / part_name(unit, "rejected"), rejected)]
     kept = scanned.filter(pc.is_null(rejected["reason"]))
     for k, start in enumerate(range(0, kept.num_rows, part_rows)):
+        location = out / part_name(first_part + k)
+        if whole := whole_files(out, [location.name]):
+            files += whole
+            continue
         rows = kept.slice(start, part_rows)
         ids = pa.array(np.arange(row_id + start, row_id + start + rows.num_rows))
         table = rows.append_column("row_id", ids).select(POOL_SCHEMA.names)
         counts = {"rows": rows.num_rows, "kept": rows.num_rows}
-        files.append(write_table(out / part_name(first_part + k), table, counts))
+        files.append(write_table(location, table, counts))
     return files
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 
 from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, read_table
-from curation.execute import Executor
+from curation.execute import Executor, on_worker
 from curation.sampling import SampleConfig, leaf_quotas, row_counts
 from curation.selection import write_selection
 from curation.store import Location
-from pipelines.stage import Inputs, Output, Stage, on_worker
+from pipelines.stage import Inputs, Output, Stage
 from pipelines.stages.cluster import labels_of_level
 
 

@@ -23,7 +23,7 @@ from curation.shards import (
 from curation.sources import read_checked, source_root
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.stage import Inputs, Output, Stage
+from pipelines.stage import Inputs, Output, Stage, whole_files
 
 
 class Group(NamedTuple):
@@ -131,6 +131,8 @@ def write_shard(
     index: int, mine: np.ndarray, rows: list[dict[str, Any]], places: np.ndarray, scratch: BinaryIO, out: Location
 ) -> list[FileInfo]:
     """One tar and, once that is whole, its index."""
+    if whole := whole_files(out, [shard_name(index), part_name(index)]):
+        return whole
     entries: list[dict[str, Any]] = []
     location = out / shard_name(index)
     with location.side_file() as side, TarWriter(side) as tar:

@@ -1,11 +1,16 @@
+import pickle
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
-from curation.execute import SerialExecutor
+from curation.execute import SerialExecutor, fold_tree
 from curation.hierarchy import (
+    Chosen,
     ClusterConfig,
     Hierarchy,
     Level,
+    chosen_counts,
     closest_members,
     fit_level,
     group_rows,
@@ -147,6 +152,91 @@ def test_resampling_keeps_a_cluster_for_every_row_it_keeps():
     x = np.repeat(np.eye(3, dtype="f4"), 5, axis=0)
     centroids = resample([ArrayRows(x)], np.eye(3, dtype="f4"), 8, 2, seed_key=(0,), executor=SerialExecutor())
     assert len(centroids) == 6  # three clusters, two rows of each
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """A part that travels as a path, as the parts of an artifact do."""
+
+    path: str
+    n_rows: int
+
+    def blocks(self):
+        return ArrayRows(np.load(self.path)).blocks()
+
+
+class StoreRef:
+    """A value in the store of a ``RecordingExecutor``; what travels is its number."""
+
+    def __init__(self, store, number):
+        self.store, self.number = store, number
+
+    def get(self):
+        value = pickle.loads(self.store.values[self.number])
+        return value if self.store.on_worker else self.store.through_driver(value)
+
+    def __reduce__(self):
+        return RecordingExecutor.ref, (self.number,)
+
+
+class RecordingExecutor:
+    """Workers behind pickle and a store of their own; keeps the size of everything that the driver sees."""
+
+    current = None
+
+    def __init__(self):
+        self.values, self.seen, self.on_worker = [], [], False
+        RecordingExecutor.current = self
+
+    @staticmethod
+    def ref(number):
+        return StoreRef(RecordingExecutor.current, number)
+
+    def put(self, value):
+        self.values.append(pickle.dumps(value))
+        return StoreRef(self, len(self.values) - 1)
+
+    def through_driver(self, value):
+        data = pickle.dumps(value)
+        self.seen.append(len(data))
+        return pickle.loads(data)
+
+    def call(self, fn, item, shared):
+        fn, item, shared = self.through_driver((fn, item, dict(shared or {})))
+        self.on_worker = True
+        try:
+            return fn(item, **{k: v.get() if isinstance(v, StoreRef) else v for k, v in shared.items()})
+        finally:
+            self.on_worker = False
+
+    def map(self, fn, items, shared=None):
+        for item in items:
+            yield self.through_driver(self.call(fn, item, shared))
+
+    def reduce(self, fn, items, merge, shared=None, fan_in=16):
+        leaves = (self.call(fn, item, shared) for item in items)
+        return self.put(fold_tree(leaves, merge, fan_in))
+
+
+def test_the_driver_holds_parts_and_centroids_never_rows(tmp_path):
+    n_parts, k, width = 8, 10, 4
+    x = np.random.default_rng(0).normal(size=(20_000, width)).astype("f4")
+    parts = []
+    for i, piece in enumerate(np.split(x, [100, 3000, 3000, 9000, 9001, 15_000, 19_000])):
+        np.save(tmp_path / f"{i}.npy", piece)
+        parts.append(FileRows(str(tmp_path / f"{i}.npy"), len(piece)))
+    recording = RecordingExecutor()
+    fitted = fit_level(parts, k, 2, None, seed_key=(3,), executor=recording, n_iter=5)
+    assert max(recording.seen) < 2000 + 100 * n_parts + 16 * k * width  # half the rows as bits are 1250, as rows 80,000
+    assert max(map(len, recording.values)) > 8 * len(x) // 2  # the store had them
+    serial = fit_level(parts, k, 2, None, seed_key=(3,), executor=SerialExecutor(), n_iter=5)
+    np.testing.assert_array_equal(fitted, serial)
+
+
+def test_chosen_rows_are_a_sequence_of_parts():
+    chosen = Chosen(np.array([0, 4, 5, 9]), np.array([0, 3, 3, 5, 10]))
+    assert [rows.tolist() for rows in chosen] == [[0], [], [1], [0, 4]]
+    assert len(chosen) == 4 and chosen_counts(chosen) == [1, 0, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(10))

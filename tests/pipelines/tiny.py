@@ -1,6 +1,7 @@
 """A small pool of real images and a recipe with every stage, for the tests of the pipeline."""
 
 import io
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def noise_png(rng: np.random.Generator, side: int = 24) -> bytes:
     out = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(out, "PNG")
     return out.getvalue()
+
+
+def answer(process: Any, connection: Any) -> Any:
+    """What another process tells us; fails at once when it ends without a word."""
+    wait([connection, process.sentinel], timeout=120)
+    assert connection.poll(), f"the other process told nothing; exit code {process.exitcode}"
+    return connection.recv()
 
 
 TRAIN = {

@@ -1,0 +1,505 @@
+import hashlib
+import io
+import json
+import os
+import tarfile
+from contextlib import suppress
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curation import sources
+from curation.sources import (
+    Record,
+    Unit,
+    list_source,
+    plan_units,
+    read_checked,
+    read_images,
+    read_ranges,
+    read_tar,
+    read_unit,
+    source_root,
+    split_key,
+    split_parquet,
+)
+from curation.store import Location, client
+
+USTAR, PAX, GNU = tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT
+
+
+def make_tar(members, kind=PAX):
+    """The bytes of a tar of (name or TarInfo, data)."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=kind) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name) if isinstance(name, str) else name
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def make_parquet(rows, group=2, schema=None):
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema), out, row_group_size=group)
+    return out.getvalue()
+
+
+def scan(source, part_rows=4, image_column="image", label_column="label"):
+    """The records of a source, as the pool's first pass reads them."""
+    listing = list_source(source)
+    units = [unit for some in plan_units(listing, part_rows) for unit in split_parquet(some, listing.root, part_rows)]
+    return [record for unit in units for record in read_unit(listing.root, unit, image_column, label_column)]
+
+
+def scan_tar(tmp_path, data, label_column="label"):
+    (tmp_path / "x.tar").write_bytes(data)
+    return list(read_tar(tmp_path / "x.tar", "x.tar", label_column))
+
+
+def pool_rows(records):
+    """What a pool keeps of records that have data."""
+    return pa.table(
+        {
+            "source": pa.array([r.source for r in records], pa.string()),
+            "offset": pa.array([r.offset for r in records], pa.int64()),
+            "n_bytes": pa.array([len(r.data) for r in records], pa.int64()),
+            "key": pa.array([hashlib.sha256(r.data).hexdigest() for r in records], pa.string()),
+        }
+    )
+
+
+# folders
+
+
+def test_a_folder_is_listed_by_name_without_hidden_files_and_metadata(place):
+    images = ["a.jpg", "b [1]/c d.PNG", "b [1]/sub/x", "é/日本.webp", "z#1.tar", "z.parquet"]
+    ignored = [".hidden.jpg", "b [1]/.git/x.jpg", "__MACOSX/a.jpg", "a.json", "a.TXT", "b [1]/list.csv", "x.y.sha256"]
+    for name in images + ignored:
+        (place / name).write(name.encode())
+    listing = list_source(place)
+    assert [entry.name for entry in listing.entries] == sorted(images) and listing.ignored == len(ignored)
+    assert [entry.size for entry in listing.entries] == [len(name.encode()) for name in sorted(images)]
+
+
+def test_loose_files_are_read_with_their_folder_as_label(place):
+    for name in ("a.jpg", "cat/b.jpg", "cat/sub dir/c", "dog/d #1.jpg"):
+        (place / name).write(name.encode())
+    assert scan(place) == [
+        Record("a.jpg", None, None, b"a.jpg"),
+        Record("cat/b.jpg", None, None, b"cat/b.jpg", "cat"),
+        Record("cat/sub dir/c", None, None, b"cat/sub dir/c", "sub dir"),
+        Record("dog/d #1.jpg", None, None, b"dog/d #1.jpg", "dog"),
+    ]
+
+
+def test_links_to_files_are_read(tmp_path):
+    (tmp_path / "far.jpg").write_bytes(b"far")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/near.jpg").symlink_to("../far.jpg")
+    assert [record.data for record in scan(Location(str(tmp_path / "in")))] == [b"far"]
+
+
+def test_a_single_file_is_a_source(place):
+    (place / "x [1].jpg").write(b"1")
+    (place / "x [1].jpg.txt").write(b"no")
+    (place / "t.tar").write(make_tar([("a.jpg", b"2")]))
+    assert [(r.source, r.data) for r in scan(place / "x [1].jpg")] == [("x [1].jpg", b"1")]
+    assert [(r.source, r.data) for r in scan(place / "t.tar")] == [("t.tar", b"2")]
+    assert source_root(place / "t.tar") == place and source_root(place) == place
+    with pytest.raises(FileNotFoundError, match=r"no folder or file .*nothing"):
+        list_source(place / "nothing")
+
+
+def test_a_single_file_with_a_relative_name_is_a_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jpg").write_bytes(b"1")
+    assert [record.data for record in scan(Location("x.jpg"))] == [b"1"]
+
+
+def test_names_that_are_no_utf8_are_named(tmp_path):
+    with suppress(OSError):  # some file systems refuse them
+        (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"1")
+        with pytest.raises(ValueError, match=r"file names must be UTF-8: 1 below .* are not, first 'caf\\udce9.jpg'"):
+            list_source(Location(str(tmp_path)))
+
+
+@pytest.mark.parametrize("part_rows", [1, 2, 3, 100])
+def test_units_cover_the_listing_in_order(place, part_rows):
+    names = ["a.jpg", "b.jpg", "c.jpg", "d.tar", "e.jpg", "f.PARQUET", "g.parquet", "h.jpg", "i.jpg", "j.tar.gz"]
+    for name in names:
+        (place / name).write(b"")
+    units = plan_units(list_source(place), part_rows)
+    assert [name for unit in units for name in unit.names] == names
+    assert [unit.kind for unit in units if unit.kind != "files"] == ["tar", "parquet", "parquet"]
+    assert all(len(unit.names) <= part_rows if unit.kind == "files" else len(unit.names) == 1 for unit in units)
+    if part_rows == 3:
+        assert [unit.names for unit in units] == [
+            ("a.jpg", "b.jpg", "c.jpg"), ("d.tar",), ("e.jpg",), ("f.PARQUET",), ("g.parquet",),
+            ("h.jpg", "i.jpg", "j.tar.gz"),
+        ]  # fmt: skip
+
+
+# tars
+
+
+@pytest.mark.parametrize("kind", [USTAR, PAX, GNU])
+def test_a_tar_gives_what_tarfile_gives(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    members = [(f"d{i % 3}/é {i:03d}.jpg", rng.bytes(int(rng.integers(0, 2000)))) for i in range(50)]
+    data = make_tar(members, kind)
+    records = scan_tar(tmp_path, data)
+    assert [(r.member, r.data) for r in records] == members
+    assert all(data[r.offset : r.offset + len(r.data)] == r.data for r in records)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert [member.offset_data for member in tar] == [r.offset for r in records]
+
+
+def test_keys_and_images_are_those_that_webdataset_finds(tmp_path):
+    import webdataset
+
+    members = [
+        ("v1.2/a.b.c/0001.jpg", b"1"), ("v1.2/a.b.c/0001.cls", b"7"), ("v1.2/a.b.c/0002.seg.png", b"2"),
+        ("v1.2/a.b.c/0002.jpg", b"3"), ("./0003.JPG", b"4"), ("./0003.json", b"{}"), ("é/ü ü.png", b"5"),
+    ]  # fmt: skip
+    ours = [(split_key(r.member), r.data) for r in scan_tar(tmp_path, make_tar(members))]
+    theirs = [
+        ((sample["__key__"], name), data)
+        for sample in webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False)
+        for name, data in sample.items()
+        if not name.startswith("__") and name not in ("json", "cls")
+    ]
+    assert [((key, suffix.lower()), data) for (key, suffix), data in ours] == theirs
+    assert split_key("a/b") == ("a/b", "") and split_key(".x.jpg") == ("", "x.jpg") and split_key("a.b/c.d.e") == (
+        "a.b/c",
+        "d.e",
+    )
+
+
+def test_side_files_of_a_key_go_to_all_its_images(tmp_path):
+    note = {"label": "cat", "caption": "from json", "n": 1}
+    records = scan_tar(
+        tmp_path,
+        make_tar(
+            [
+                ("a.json", json.dumps(note).encode()), ("a.jpg", b"1"), ("a.seg.png", b"2"), ("a.txt", b"from text"),
+                ("b.jpg", b"3"), ("b.json", json.dumps(note).encode()), ("c.jpg", b"4"), ("c.cls", b" 12\n"),
+                ("d.jpg", b"5"), ("e.txt", b"nobody's"), ("f.jpg", b"6"), ("f.json", b'{"text": "t", "label": 3}'),
+                ("f.cls", b"x"), ("a.jpg", b"7"),
+            ]
+        ),
+    )  # fmt: skip
+    assert [(r.data, r.label, r.caption) for r in records] == [
+        (b"1", "cat", "from text"), (b"2", "cat", "from text"), (b"3", "cat", "from json"), (b"4", "12", None),
+        (b"5", None, None), (b"6", "3", "t"), (b"7", None, None),
+    ]  # fmt: skip
+    assert json.loads(records[0].metadata) == note and records[3].metadata is None
+
+
+def test_the_label_column_is_looked_up_in_the_metadata(tmp_path):
+    note = b'{"species": ["a", 1], "label": "no"}'
+    [record] = scan_tar(tmp_path, make_tar([("a.jpg", b"1"), ("a.json", note), ("a.cls", b"no")]), "species")
+    assert record.label == '["a", 1]'
+    [record] = scan_tar(tmp_path, make_tar([("a.jpg", b"1"), ("a.json", note), ("a.cls", b"yes")]), "genus")
+    assert record.label == "yes"
+
+
+@pytest.mark.parametrize(
+    "note", [b"{", b"", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b"[1, 2]", b"null", b'"text"', b'{"label": null}']
+)
+def test_odd_metadata_does_not_cost_the_image(tmp_path, note):
+    [record] = scan_tar(tmp_path, make_tar([("a.jpg", b"1"), ("a.json", note), ("a.txt", b"\xff caption")]))
+    assert record.data == b"1" and record.label is None and record.caption == "\ufffd caption"
+
+
+def test_text_always_fits_a_table(tmp_path):
+    """Half surrogates from JSON, and names that are no UTF-8."""
+    name = os.fsdecode(b"caf\xe9.jpg")
+    key = os.fsdecode(b"caf\xe9")
+    note = b'{"label": "\\ud800", "caption": "x\\udfff"}'
+    [record] = scan_tar(tmp_path, make_tar([(name, b"1"), (f"{key}.json", note)], GNU))
+    assert (record.member, record.label, record.caption) == ("caf?.jpg", "?", "x?")
+    pa.array([record.member, record.label, record.caption, record.metadata], pa.string())
+
+
+def test_names_are_data_and_never_paths(tmp_path):
+    (tmp_path / "in").mkdir()
+    names = ["/etc/passwd.jpg", "../../up.jpg", "a/../../b.jpg", "C:\\x.jpg", "~/x.jpg", "-rf.jpg", "$(x).jpg"]
+    data = make_tar([(name, name.encode()) for name in names])
+    before = sorted(tmp_path.rglob("*"))
+    records = scan_tar(tmp_path / "in", data)
+    assert [r.member for r in records] == names and [r.data for r in records] == [name.encode() for name in names]
+    assert sorted(tmp_path.rglob("*")) == [*before, tmp_path / "in/x.tar"]
+
+
+def test_what_is_no_regular_file_is_left_out(tmp_path):
+    members = [("a.jpg", b"1")]
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+        info = tarfile.TarInfo(f"odd{kind.decode()}.jpg")
+        info.type, info.linkname = kind, "/etc/passwd"
+        members.append((info, b""))
+    members.append(("b.jpg", b"2"))
+    assert [r.data for r in scan_tar(tmp_path, make_tar(members))] == [b"1", b"2"]
+
+
+def test_a_sparse_member_is_a_bad_record_and_what_follows_is_read(tmp_path):
+    data = make_tar([("a.jpg", b"1")], GNU)[:1024]
+    info = tarfile.TarInfo("s.jpg")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
+    head = bytearray(info.tobuf(GNU))
+    head[386:410] = b"00000010000\0" + b"00000001000\0"  # 512 bytes at offset 4096 ...
+    head[483:495] = b"00010000000\0"  # ... of 2 MiB
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    data += bytes(head) + b"s" * 512 + make_tar([("b.jpg", b"2")], GNU)
+    records = scan_tar(tmp_path, data)
+    assert [(r.member, r.data, r.detail) for r in records] == [
+        ("a.jpg", b"1", ""),
+        ("s.jpg", None, "a sparse member of a tar"),
+        ("b.jpg", b"2", ""),
+    ]
+
+
+def test_an_empty_tar_has_no_records_and_an_empty_file_is_no_tar(tmp_path):
+    assert scan_tar(tmp_path, make_tar([])) == []
+    [record] = scan_tar(tmp_path, b"")
+    assert record.data is None and record.detail.startswith("tar breaks off after 0 members: ")
+    [record] = scan_tar(tmp_path, b"GIF89a" * 1000)
+    assert record.data is None and record.detail.startswith("tar breaks off after 0 members: ")
+
+
+@pytest.mark.parametrize("kind", [USTAR, PAX, GNU])
+def test_a_cut_tar_gives_every_whole_member_and_says_that_it_is_cut(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    names = ["a.jpg", "b.jpg", "b.json", "c" * 150 + "/d.jpg" if kind != USTAR else "c.jpg", "é.jpg", "f.jpg"]
+    members = [(name, b"{}" if name.endswith("json") else rng.bytes(size)) for name, size in
+               zip(names, (300, 512, 2, 1025, 0, 5000), strict=True)]  # fmt: skip
+    data = make_tar(members, kind)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        ends = [(m.name, m.offset_data + m.size) for m in tar]
+    end_mark = (ends[-1][1] + 511) // 512 * 512 + 512
+    cuts = {0, 1, *rng.integers(0, len(data), 60).tolist(), *range(0, len(data), 512)}
+    cuts |= {max(0, at + d) for _, at in ends for d in (-1, 0, 1)} | {end_mark - 1, end_mark, end_mark + 1}
+    for cut in sorted(cuts):
+        records = scan_tar(tmp_path, data[:cut])
+        whole = [name for name, end in ends if end <= cut and not name.endswith("json")]
+        if cut < end_mark:
+            last = records.pop()
+            assert last.data is None and last.member is None and last.detail.startswith("tar breaks off after "), cut
+        if cut and not records:
+            assert not [name for name, end in ends if end <= cut]
+        if "é.jpg" in whole and len(records) < len(whole):  # an empty member ends with its header
+            whole.remove("é.jpg")
+        assert [r.member for r in records] == whole, cut
+        assert all(r.data == dict(members)[r.member] for r in records)
+
+
+def test_a_spoilt_header_ends_a_tar_with_a_record(tmp_path):
+    data = bytearray(make_tar([(f"{i}.jpg", bytes([i]) * 600) for i in range(6)], USTAR))
+    with tarfile.open(fileobj=io.BytesIO(bytes(data))) as tar:
+        at = [member.offset for member in tar]
+    for i in range(6):
+        spoilt = data.copy()
+        spoilt[at[i] + 3] ^= 255
+        records = scan_tar(tmp_path, bytes(spoilt))
+        assert [r.data for r in records] == [bytes([k]) * 600 for k in range(i)] + [None]
+        assert records[-1].detail.startswith(f"tar breaks off after {i} members: ")
+
+
+def with_checksum(head):
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return head
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [b"0", b"5", b"x", b"L", b"S", b"Z"])
+@pytest.mark.parametrize("size", [-512, -513, -1024, -(1 << 40), 1 << 40, 1 << 62, 1 << 85])
+def test_a_size_that_cannot_be_ends_a_tar(tmp_path, kind, size):
+    """Negative sizes lead back to where one was: tarfile alone would go round for ever."""
+    data = bytearray(make_tar([(f"{i}.jpg", bytes([i]) * 600) for i in range(3)], USTAR))
+    head = data[1536:2048]
+    head[156:157] = kind
+    head[124:136] = (size % (1 << 96)).to_bytes(12) if size < 0 else b"\x80" + size.to_bytes(11)
+    data[1536:2048] = with_checksum(head)
+    records = scan_tar(tmp_path, bytes(data))
+    assert records[0].data == b"\0" * 600
+    assert records[-1].data is None and records[-1].detail.startswith("tar breaks off after ")
+
+
+@pytest.mark.timeout(60)
+def test_garbage_never_raises_and_never_hides_a_member(tmp_path):
+    """Random bytes anywhere: what stands before the first touched byte is found, and there is a last word."""
+    rng = np.random.default_rng(1)
+    for kind in (USTAR, PAX, GNU):
+        names = [f"{'é' * 60}/{'d' * 60}/{i}.jpg" if kind != USTAR else f"{i}.jpg" for i in range(4)]
+        data = make_tar([(name, bytes([i + 1]) * 700) for i, name in enumerate(names)], kind)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            ends = [(m.offset_data + m.size, m.name) for m in tar]
+        heads = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
+        for _ in range(150):
+            spoilt = bytearray(data)
+            at = int(rng.choice(heads))
+            where = at + int(rng.choice([0, 100, 124, 130, 135, 148, 156, 157, 257, 345, 483, 512, 520, 530]))
+            spoilt[where : where + 4] = rng.bytes(4)
+            if where < at + 512:
+                spoilt[at : at + 512] = with_checksum(spoilt[at : at + 512])
+            records = scan_tar(tmp_path, bytes(spoilt[: len(data)]))
+            found = [r.member for r in records if r.data is not None]
+            before = [name for end, name in ends if end <= at]
+            assert found[: len(before)] == before
+
+
+# Parquet
+
+
+HF = pa.schema(
+    [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64()), ("text", pa.string())]
+)
+
+
+def test_parquet_of_hugging_face(place):
+    rows = [{"image": {"bytes": b"%d" % i, "path": f"{i}.jpg"}, "label": i, "text": f"text {i}"} for i in range(5)]
+    rows += [{"image": {"bytes": None, "path": "x"}, "label": None, "text": None}, {"image": None}]
+    (place / "a b.parquet").write(make_parquet(rows, 2, HF))
+    records = scan(place)
+    assert [(r.member, r.offset, r.data, r.label, r.caption) for r in records] == [
+        *((f"{i}.jpg", i, b"%d" % i, str(i), f"text {i}") for i in range(5)), ("x", 5, b"", None, None),
+        (None, 6, b"", None, None),
+    ]  # fmt: skip
+    assert json.loads(records[2].metadata) == {"label": 2, "text": "text 2"} and records[0].source == "a b.parquet"
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary(2), pa.dictionary(pa.int8(), pa.binary())])
+def test_parquet_with_plain_bytes(place, kind):
+    table = pa.table({"picture": pa.array([b"aa", b"bb", None], kind), "class": ["x", "y", "z"]})
+    out = io.BytesIO()
+    pq.write_table(table, out)
+    (place / "a.parquet").write(out.getvalue())
+    records = scan(place, image_column="picture", label_column="class")
+    assert [(r.member, r.data, r.label) for r in records] == [(None, b"aa", "x"), (None, b"bb", "y"), (None, b"", "z")]
+    assert list(read_images(place, pool_rows(records), "picture")) == [b"aa", b"bb", b""]
+
+
+def test_parquet_without_other_columns_and_without_rows(tmp_path):
+    place = Location(str(tmp_path))
+    (place / "a.parquet").write(make_parquet([{"image": b"1"}]))
+    assert scan(place) == [Record("a.parquet", None, 0, b"1")]
+    (place / "a.parquet").write(make_parquet([], schema=pa.schema({"image": pa.binary()})))
+    assert scan(place) == []
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"picture": b"1", "label": 2}, "a.parquet must have a column 'image' with image bytes: it has picture, label"),
+        ({"image": "a.jpg"}, "an image column must be binary or a struct with binary 'bytes': got string"),
+        ({"image": {"path": "x"}}, r"must be binary or a struct with binary 'bytes': got struct<path: string>"),
+        ({"image": [b"1"]}, r"got list"),
+    ],
+)
+def test_parquet_without_images_is_named(tmp_path, row, words):
+    (tmp_path / "a.parquet").write_bytes(make_parquet([row]))
+    with pytest.raises(ValueError, match=words):
+        scan(Location(str(tmp_path)))
+
+
+@pytest.mark.parametrize("cut", [0, 3, 50, -1])
+def test_a_broken_parquet_file_is_named(tmp_path, cut):
+    (tmp_path / "a.parquet").write_bytes(make_parquet([{"image": b"1"}])[:cut])
+    with pytest.raises(ValueError, match="a.parquet must be a Parquet file"):
+        scan(Location(str(tmp_path)))
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_runs_of_row_groups_cover_every_row_once(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    schema = pa.schema({"image": pa.binary()})
+    sizes = rng.integers(0, 7, int(rng.integers(1, 9))).tolist()
+    with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
+        for size in sizes:
+            writer.write_table(pa.table({"image": [rng.bytes(3) for _ in range(size)]}, schema), row_group_size=100)
+    whole = pq.read_table(tmp_path / "a.parquet")["image"].to_pylist()
+    root, part_rows = Location(str(tmp_path)), int(rng.integers(1, 12))
+    units = split_parquet(Unit("parquet", ("a.parquet",)), root, part_rows)
+    records = [record for unit in units for record in read_unit(root, unit, "image", "label")]
+    assert [(r.offset, r.data) for r in records] == list(enumerate(whole))
+    assert all(len(list(read_unit(root, unit, "image", "label"))) <= max(part_rows, 7) for unit in units)
+    assert [unit.first for unit in units[1:]] == [unit.stop for unit in units[:-1]]
+    other = Unit("tar", ("a.tar",))
+    assert split_parquet(other, root, part_rows) == [other]
+
+
+# reading again
+
+
+@pytest.fixture(scope="module")
+def every_kind():
+    rng = np.random.default_rng(0)
+    files = {f"loose/{i} [x].jpg": rng.bytes(50 + i) for i in range(6)}
+    for t in range(2):
+        files[f"t {t}.tar"] = make_tar([(f"k{i}.{s}", rng.bytes(int(rng.integers(0, 3000)))) for i in range(12)
+                                        for s in ("jpg", "json", "seg.png")])  # fmt: skip
+        rows = [{"image": {"bytes": rng.bytes(int(rng.integers(0, 99))), "path": f"{i}"}, "label": i} for i in range(9)]
+        files[f"z{t}.parquet"] = make_parquet(rows, 4, HF)
+    return files
+
+
+def test_images_are_read_again_as_they_were_scanned(place, every_kind, monkeypatch):
+    monkeypatch.setattr(sources, "COALESCE_GAP", 2000)
+    monkeypatch.setattr(sources, "COALESCE_BYTES", 9000)
+    for name, data in every_kind.items():
+        (place / name).write(data)
+    records = scan(place)
+    assert len(records) == 6 + 2 * 24 + 2 * 9
+    rng = np.random.default_rng(0)
+    subsets = [np.arange(len(records)), np.array([], int), np.array([30])]
+    subsets += [np.sort(rng.choice(len(records), 30, replace=False)) for _ in range(3)]
+    subsets += [rng.permutation(len(records)), rng.integers(0, len(records), 40)]
+    table = pool_rows(records)
+    for subset in subsets:
+        rows = table.take(pa.array(subset))
+        expected = [records[i].data for i in subset]
+        assert list(read_images(place, rows)) == expected
+        assert list(read_checked(place, rows)) == expected
+
+
+def test_an_image_that_has_changed_is_named(place):
+    (place / "a.jpg").write(b"1234")
+    (place / "t.tar").write(make_tar([("x.jpg", b"5678"), ("y.jpg", b"1" * 600)]))
+    (place / "z.parquet").write(make_parquet([{"image": b"90"}, {"image": b"12"}]))
+    table = pool_rows(scan(place))
+    assert len(list(read_checked(place, table))) == 5
+    (place / "a.jpg").write(b"1235")
+    assert next(read_images(place, table.slice(0, 1))) == b"1235"
+    with pytest.raises(ValueError, match=r"a.jpg must hold the image that the pool saw: its bytes have changed since"):
+        list(read_checked(place, table))
+    (place / "a.jpg").write(b"12345")
+    with pytest.raises(ValueError, match=r"a.jpg must hold the image that the pool saw: it had 4 bytes and has 5"):
+        list(read_images(place, table))
+    (place / "t.tar").write((place / "t.tar").read()[:1700])
+    with pytest.raises(ValueError, match=r"t.tar must hold .*: it had 600 bytes and has 164"):
+        list(read_images(place, table.slice(1, 2)))
+    (place / "z.parquet").write(make_parquet([{"image": b"90"}]))
+    with pytest.raises(ValueError, match=r"z.parquet must have row 1: it has 1 rows"):
+        list(read_images(place, table.slice(3)))
+    (place / "a.jpg").delete()
+    with pytest.raises(FileNotFoundError):
+        list(read_images(place, table.slice(0, 1)))
+
+
+def test_ranges_that_nearly_touch_are_one_request_of_bounded_size(on_s3, monkeypatch):
+    monkeypatch.setattr(sources, "COALESCE_GAP", 10)
+    monkeypatch.setattr(sources, "COALESCE_BYTES", 100)
+    data = bytes(range(256)) * 2
+    (on_s3 / "x").write(data)
+    real, asked = client().get_object, []
+    monkeypatch.setattr(client(), "get_object", lambda **k: asked.append(k.get("Range")) or real(**k))
+    offsets, lengths = [0, 25, 60, 90, 95, 300, 290, 310], [20, 30, 0, 5, 80, 150, 5, 1]
+    found = list(read_ranges(on_s3 / "x", offsets, lengths))
+    assert found == [data[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
+    assert asked == ["bytes=0-59", "bytes=90-94", "bytes=95-174", "bytes=300-449", "bytes=290-294", "bytes=310-310"] or (
+        asked[0] == "bytes=0-54"
+    )

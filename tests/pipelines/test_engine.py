@@ -1,0 +1,235 @@
+"""What is done again and what is not; locks, logs, plans; and the refusals of a run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import digit
+
+from curation.artifact import Artifact, read_table
+from curation.selection import read_selection
+from curation.store import Location
+from pipelines.engine import plan_recipe, read_root, run_recipe
+from pipelines.errors import TaskError, UserError
+from pipelines.executor import LocalExecutor
+from pipelines.recipe import parse_recipe
+from pipelines.stages.table import STAGES
+
+
+def changed(recipe, step, **config):
+    steps = [replace(s, config=replace(s.config, **config)) if s.name == step else s for s in recipe.steps]
+    return replace(recipe, steps=tuple(steps))
+
+
+def states(recipe, root):
+    return {r.name: r.state for r in run_recipe(recipe, Location(str(root)), LocalExecutor(recipe.resources))}
+
+
+def test_a_second_run_does_nothing(tiny):
+    assert set(states(tiny.recipe, tiny.root).values()) == {"done before"}
+
+
+def test_a_changed_threshold_redoes_that_step_and_those_below_it(tiny, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(tiny.root, root)
+    found = states(changed(tiny.recipe, "near", min_similarity=0.98), root)
+    below = {"near", "unique", "clean", "web_vec", "tree", "balanced", "shards", "page"}
+    assert {name for name, state in found.items() if state == "done"} == below
+
+
+def test_an_input_with_the_same_bytes_redoes_nothing_below(tiny, tmp_path):
+    """Another n_neighbors gives other edges or the same; the same decisions below are found by content."""
+    root = tmp_path / "root"
+    shutil.copytree(tiny.root, root)
+    found = states(changed(tiny.recipe, "usable", where="width >= 23"), root)
+    assert found["usable"] == "done"
+    assert {name for name, state in found.items() if state == "done"} <= {"usable", "page"}
+
+
+def test_new_files_in_the_source_are_noticed(tiny, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(tiny.images, images)
+    recipe = changed(changed(tiny.recipe, "web", source=str(images / "web")), "exam", source=str(images / "exam"))
+    root = tmp_path / "root"
+    shutil.copytree(tiny.root, root)
+    before = [r.state for r in plan_recipe(recipe, Location(str(root)), "web")]
+    digit(1000).save(images / "web" / "new.png")
+    after = [r.state for r in plan_recipe(recipe, Location(str(root)), "web")]
+    assert (before, after) == (["done before"], ["to do"])
+
+
+def test_a_moved_source_is_found_where_the_recipe_says_now(tiny, tmp_path):
+    shutil.copytree(tiny.images, tmp_path / "elsewhere", copy_function=shutil.copy2)
+    recipe = changed(tiny.recipe, "web", source=str(tmp_path / "elsewhere" / "web"))
+    root = tmp_path / "root"
+    shutil.copytree(tiny.root, root)
+    shutil.rmtree(root / "raw")
+    found = states(recipe, root)
+    assert (found["web"], found["raw"], found["first"]) == ("done before", "done", "done before")
+
+
+def test_a_plan_executes_nothing(tiny, tmp_path):
+    root = tmp_path / "new"
+    plan = {r.name: r.state for r in plan_recipe(tiny.recipe, Location(str(root)))}
+    assert not root.exists()
+    assert plan["web"] == "to do"
+    assert plan["near"] == "to do after its inputs"
+
+
+def test_the_status_of_a_root_needs_no_recipe(tiny):
+    found = read_root(Location(str(tiny.root)))
+    assert list(found) == [step.name for step in tiny.recipe.steps]
+    assert all(isinstance(artifact, Artifact) and artifact.is_complete() for artifact in found.values())
+    with pytest.raises(UserError, match="must be the root of a run"):
+        read_root(Location(str(tiny.images)))
+
+
+def test_times_are_in_the_log_and_not_in_the_manifest(tiny):
+    artifact = tiny.artifact("near")
+    lines = (artifact.location / "run.jsonl").read().splitlines()
+    assert json.loads(lines[-1])["seconds"] > 0
+    assert "seconds" not in artifact.manifest
+    assert "host" not in artifact.manifest
+
+
+def test_two_runs_on_one_root_at_once_are_refused(tiny, tmp_path):
+    """The first run is stopped between two steps: it holds the root until it is closed."""
+    root = Location(str(tmp_path / "root"))
+    first = run_recipe(tiny.recipe, root, LocalExecutor(tiny.recipe.resources))
+    next(first)
+    with pytest.raises(UserError, match=f"another run works on .*: process {os.getpid()}"):
+        next(run_recipe(tiny.recipe, root, LocalExecutor(tiny.recipe.resources)))
+    first.close()
+    next(run_recipe(tiny.recipe, root, LocalExecutor(tiny.recipe.resources)))
+
+
+def test_a_source_that_changed_underneath_stops_the_step(tiny, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(tiny.images, images)
+    recipe = changed(tiny.recipe, "web", source=str(images / "web"))
+    root = Location(str(tmp_path / "root"))
+    steps = run_recipe(recipe, root, LocalExecutor(recipe.resources))
+    assert next(steps).name == "web"
+    digit(1500).save(images / "web" / "0001.png")
+    with pytest.raises(TaskError, match=r"0001\.png must hold the image that the pool saw"):
+        list(steps)
+
+
+def run_steps(tmp_path, **steps):
+    recipe = parse_recipe({"steps": steps}, STAGES)
+    return list(run_recipe(recipe, Location(str(tmp_path / "root")), LocalExecutor(recipe.resources)))
+
+
+def test_an_empty_pool_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="must hold images"):
+        run_steps(tmp_path, web={"stage": "pool", "source": str(tmp_path / "empty")})
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_missing_folder_is_told_before_anything_is_written(tiny, tmp_path):
+    web = {"stage": "pool", "source": str(tiny.images / "web")}
+    with pytest.raises(UserError, match="exam: no folder or file"):
+        run_steps(tmp_path, web=web, exam={"stage": "pool", "source": str(tmp_path / "nowhere")})
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_pool_that_is_all_bad_stops(tmp_path):
+    (tmp_path / "bad").mkdir()
+    for i in range(3):
+        (tmp_path / "bad" / f"{i}.jpg").write_bytes(b"not an image %d" % i)
+    with pytest.raises(UserError, match=r"may be bad \(max_bad_fraction\): got 3 of 3, first 0\.jpg"):
+        run_steps(tmp_path, web={"stage": "pool", "source": str(tmp_path / "bad")})
+    assert not list((tmp_path / "root").rglob("manifest.json"))
+
+
+def test_a_threshold_that_drops_too_much_stops_with_the_similarities(tiny, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(tiny.root, root)
+    recipe = changed(changed(tiny.recipe, "near", min_similarity=0.3), "unique", max_drop_fraction=0.2)
+    with pytest.raises(UserError, match=r"step unique: at most 0\.2 of the rows .* similarities 0\.\d+-"):
+        states(recipe, root)
+
+
+def test_a_wrong_expression_names_the_columns(tiny, tmp_path):
+    web = {"stage": "pool", "source": str(tiny.images / "web"), "max_bad_fraction": 1.0}
+    with pytest.raises(UserError, match=r"select\.where must be an expression") as caught:
+        run_steps(tmp_path, web=web, some={"stage": "select", "pool": "web", "where": "widht > 3"})
+    assert "width" in caught.value.hint
+
+
+def test_an_expression_cannot_read_files(tiny, tmp_path):
+    web = {"stage": "pool", "source": str(tiny.images / "web"), "max_bad_fraction": 1.0}
+    where = f"width > (SELECT count(*) FROM read_csv('{tiny.images}/labels.parquet'))"
+    with pytest.raises(UserError, match=r"select\.where must be an expression"):
+        run_steps(tmp_path, web=web, some={"stage": "select", "pool": "web", "where": where})
+
+
+def test_planted_copies_leaks_and_bad_files_are_found(tiny):
+    """What the tiny pool was made with is what the steps say of it."""
+    pool = tiny.artifact("web")
+    rejected = {}
+    for file in pool.files:
+        if file.name.startswith("rejected-"):
+            for row in read_table(pool.location / file.name).to_pylist():
+                rejected[row["source"]] = row["reason"]
+    assert rejected == {
+        "again.png": "exact_duplicate", "broken.jpg": "undecodable", "page.png": "undecodable",
+        "tiny.png": "too_small",
+    }  # fmt: skip
+    names = [read_table(pool.part(i))["source"].to_pylist() for i in range(len(pool.parts))]
+    dropped = set()
+    for step in ("unique", "clean"):
+        for i in range(len(pool.parts)):
+            kept = set(read_selection(tiny.artifact(step).part(i)).rows.tolist())
+            seen = read_table(tiny.artifact(step).part(i), ["row"])["row"].to_pylist()
+            dropped |= {names[i][row] for row in seen if row not in kept}
+    copies = {f"{i:04d}.png" for i in range(0, 40, 4)}  # the larger of the two stays
+    leaks = {f"leak-{i:04d}.png" for i in range(150, 155)}
+    assert dropped == copies | leaks
+
+
+def test_row_ids_count_through_the_parts(tiny):
+    pool = tiny.artifact("web")
+    ids = [read_table(pool.part(i), ["row_id"])["row_id"].to_numpy() for i in range(len(pool.parts))]
+    np.testing.assert_array_equal(np.concatenate(ids), np.arange(pool.counts["kept"]))
+    assert [len(x) for x in ids] == np.diff(pool.starts).tolist()
+
+
+def openlvd(*args, cwd):
+    command = [sys.executable, "-m", "pipelines.cli", *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_command_line_says_one_sentence_a_hint_and_an_exit_code(tiny, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"steps:\n  web: {{stage: pool, source: {tiny.images}/web, max_bad_fraction: 0.5}}\n")
+    good = openlvd("run", str(recipe), "--root", "out", "--json", cwd=tmp_path)
+    assert good.returncode == 0, good.stderr
+    assert [json.loads(line)["state"] for line in good.stdout.splitlines()] == ["done"]
+    for args, words in [
+        (["run", str(recipe)], "error: a run needs a root: got none"),
+        (["run", str(recipe), "--root", "out", "--set", "web.min_sid=3"], "error: web has no key 'min_sid'"),
+        (["run", "none.yaml", "--root", "out"], "error: no recipe none.yaml"),
+        (["run", str(recipe), "--root", "out", "--until", "x"], "error: --until must name a step"),
+        (["run", str(recipe), "--root", "out", "--executor", "dask"], "error: --executor must be serial or ray"),
+        (["status", "nowhere"], "must be the root of a run"),
+        (["walk"], "error: No such command 'walk'"),
+        (["run", str(recipe), "--root", "gs://bucket/x"], "error: a location must be a path or s3://bucket/key"),
+    ]:
+        bad = openlvd(*args, cwd=tmp_path)
+        lines = bad.stderr.strip().splitlines()
+        assert bad.returncode == 2, (args, bad)
+        assert words in lines[0], (args, lines)
+        assert lines[1] == "", (args, lines)
+        assert lines[2].startswith("hint: "), (args, lines)
+        assert "Traceback" not in bad.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.yaml"]
+    assert Path(tmp_path / "out" / "run.json").exists()

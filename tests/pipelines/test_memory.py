@@ -1,0 +1,103 @@
+"""The memory of a step is the same at 4 and at 32 parts of one size."""
+
+import io
+import multiprocessing
+import resource
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import STEP_OF_STAGE, TRAIN, answer, noise_png
+
+from curation import kmeans
+from curation.store import Location
+from pipelines.engine import run_recipe
+from pipelines.executor import LocalExecutor, Resources
+from pipelines.recipe import parse_recipe
+from pipelines.stages.table import STAGES
+
+PART_ROWS = 256
+FEW, MANY = 4, 32
+SLACK_MB = 6.0  # of 26 MB more images, 12 MB more vectors
+
+
+def write_tars(folder: Path, n_tars: int) -> None:
+    """Tars of one part each, with pictures of 2 kB that do not compress."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(n_tars)
+    for t in range(n_tars):
+        with tarfile.open(folder / f"{t:03d}.tar", "w") as tar:
+            for i in range(PART_ROWS):
+                for suffix, data in (("png", noise_png(rng, 32)), ("cls", b"ab"[i % 2 : i % 2 + 1])):
+                    member = tarfile.TarInfo(f"{t:03d}-{i:04d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+
+def recipe(folder: Path) -> dict[str, Any]:
+    pool = {"stage": "pool", "part_rows": PART_ROWS}
+    return {
+        "steps": {
+            "web": {**pool, "source": str(folder / "web")},
+            "exam": {**pool, "source": str(folder / "exam")},
+            "usable": {"stage": "select", "pool": "web", "where": "width >= 24"},
+            "web_vec": {"stage": "embed", "pool": "web", "selection": "usable", "backbone": "pixels"},
+            "exam_vec": {"stage": "embed", "pool": "exam", "backbone": "pixels"},
+            "near": {"stage": "neighbors", "embeddings": "web_vec", "n_neighbors": 4, "min_similarity": 0.99},
+            "unique": {"stage": "dedup", "neighbors": "near"},
+            "clean": {"stage": "decontaminate", "embeddings": "web_vec", "selection": "unique",
+                      "reference": "exam_vec", "min_similarity": 0.99},
+            "tree": {"stage": "cluster", "embeddings": "web_vec", "n_clusters": [16, 4], "n_resamples": 1,
+                     "resample_size": [4, 2], "n_iter": 3},
+            "balanced": {"stage": "sample", "hierarchy": "tree", "target": 900},
+            "shards": {"stage": "shards", "pool": "web", "shard_rows": 64, "mix_rows": PART_ROWS},
+            "first": {"stage": "train", "shards": "shards", **TRAIN},
+            "score": {"stage": "evaluate", "backbone": "pixels", "bank": "web", "queries": "exam"},
+            "page": {"stage": "report"},
+        }
+    }  # fmt: skip
+
+
+def peak_of(tree: dict[str, Any], root: str, step: str, told: Any) -> None:
+    """In a fresh process: run one step, tell the peak of the resident memory and what it was before, in MB."""
+    kmeans.MIN_SEED_ROWS = 512  # k-means seeds on a sample of bounded size: here both pools are above it
+    parsed = parse_recipe(tree, STAGES)
+    executor = LocalExecutor(Resources(loader_workers=0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for _ in run_recipe(parsed, Location(root), executor, step):
+        pass
+    told.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory) -> dict[int, dict[str, float]]:
+    """Peak memory of every step at both sizes, in MB above that of a process that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    found: dict[int, dict[str, float]] = {}
+    for n_parts in (FEW, MANY):
+        folder = tmp_path_factory.mktemp(f"memory-{n_parts}")
+        write_tars(folder / "web", n_parts)
+        for label in "ab":
+            (folder / "exam" / label).mkdir(parents=True)
+            for i in range(8):
+                (folder / "exam" / label / f"{i}.png").write_bytes(noise_png(np.random.default_rng(i + ord(label))))
+        tree = recipe(folder)
+        found[n_parts] = {}
+        for step in tree["steps"]:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=peak_of, args=(tree, str(folder / "root"), step, theirs))
+            process.start()
+            found[n_parts][step] = answer(process, ours)
+            process.join()
+    return found
+
+
+STEPS = {**STEP_OF_STAGE, "embed": "web_vec"}
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_memory_does_not_grow_with_the_parts(peaks, stage):
+    few, many = peaks[FEW][STEPS[stage]], peaks[MANY][STEPS[stage]]
+    assert many < few + SLACK_MB, f"{stage}: {few:.1f} MB at {FEW} parts, {many:.1f} MB at {MANY}"

@@ -1,0 +1,123 @@
+"""Recipes are read strictly: every mistake is one sentence with a hint."""
+
+import pytest
+
+from curation.store import Location
+from pipelines.errors import UserError
+from pipelines.recipe import STEP, apply_override, parse_recipe, parse_yaml, read_recipe
+from pipelines.stages.table import STAGES
+
+
+def tree(**steps):
+    return {"seed": 3, "steps": steps}
+
+
+POOL = {"stage": "pool", "source": "photos"}
+
+
+def refused(recipe, *words):
+    with pytest.raises(UserError) as caught:
+        parse_recipe(recipe, STAGES)
+    text = f"{caught.value.message} | {caught.value.hint}"
+    for word in words:
+        assert word in text, text
+    assert "\n" not in caught.value.message
+
+
+def test_a_recipe_becomes_typed_steps():
+    recipe = parse_recipe(
+        tree(
+            web=POOL,
+            vec={"stage": "embed", "pool": "web", "backbone": "pixels"},
+            near={"stage": "neighbors", "embeddings": "vec", "min_similarity": 0.9},
+            tree={"stage": "cluster", "embeddings": "vec", "n_clusters": [10, 3]},
+        ),
+        STAGES,
+    )
+    assert [step.name for step in recipe.steps] == ["web", "vec", "near", "tree"]
+    assert recipe.steps[0].config.source == "photos"
+    assert recipe.steps[2].inputs == {"embeddings": "vec"}
+    assert recipe.steps[3].config.n_clusters == (10, 3)
+    assert recipe.steps[3].config.seed == 3  # the recipe's, where the step gives none
+
+
+def test_a_backbone_is_a_step_where_one_has_that_name():
+    steps = {
+        "web": POOL,
+        "shards": {"stage": "shards", "pool": "web"},
+        "mine": {"stage": "train", "shards": "shards"},
+        "vec": {"stage": "embed", "pool": "web", "backbone": "mine"},
+        "hub": {"stage": "embed", "pool": "web", "backbone": "facebook/dinov2-small"},
+    }
+    found = {step.name: step for step in parse_recipe(tree(**steps), STAGES).steps}
+    assert (found["vec"].inputs["backbone"], found["vec"].config.backbone) == ("mine", STEP)
+    assert "backbone" not in found["hub"].inputs
+    assert found["hub"].config.backbone == "facebook/dinov2-small"
+
+
+def test_a_report_reads_every_step_above_it():
+    recipe = parse_recipe(tree(web=POOL, page={"stage": "report"}, exam=POOL), STAGES)
+    assert recipe.steps[1].inputs == {"web": "web"}
+
+
+def test_mistakes_are_one_sentence_with_a_hint():
+    embed = {"stage": "embed", "pool": "web", "backbone": "pixels"}
+    refused({"seeds": 1, "steps": {}}, "no key 'seeds'", "did you mean seed?")
+    refused({"seed": -1, "steps": {"web": POOL}}, "seed must be an integer of at least 0: got -1")
+    refused({"steps": {}}, "must have steps")
+    refused(tree(web={**POOL, "min_sides": 3}), "web has no key 'min_sides'", "did you mean min_side?")
+    refused(tree(web={**POOL, "min_side": "big"}), "web.min_side must be a valid integer: got 'big'")
+    refused(tree(web={**POOL, "min_side": 2.5}), "web.min_side must be a valid integer: got 2.5")
+    refused(tree(web={**POOL, "min_side": 0}), "pool.min_side must be at least 1: got 0")
+    refused(tree(web={"stage": "pool"}), "web must have source: got none")
+    refused(tree(web={"stage": "pol"}), "known stage: got 'pol'", "did you mean pool?")
+    refused(tree(web=3), "web must be a mapping")
+    refused(tree(vec=embed, web=POOL), "vec.pool must name an earlier step: got 'web'")
+    refused(tree(web=POOL, vec={"stage": "embed", "backbone": "pixels"}), "vec must name its pool: got none")
+    refused(
+        tree(web=POOL, near={"stage": "neighbors", "embeddings": "web", "min_similarity": 0.9}),
+        "near.embeddings must name a step of stage embed: got 'web', a pool step",
+    )
+    refused({**tree(web=POOL), "resources": {"worker": 2}}, "resources has no key 'worker'", "did you mean workers?")
+    refused({**tree(web=POOL), "resources": {"workers": -2}}, "resources.workers must not be negative: got -2")
+    refused(tree(**{"../x": POOL}), "letters, digits, - and _")
+
+
+def test_a_key_may_stand_once():
+    with pytest.raises(UserError, match="'web' twice"):
+        parse_yaml("steps:\n  web: {stage: pool}\n  web: {stage: pool}\n", "r.yaml")
+
+
+def test_yaml_that_is_none_or_no_mapping():
+    with pytest.raises(UserError, match=r"r\.yaml must be YAML"):
+        parse_yaml("steps: [", "r.yaml")
+    with pytest.raises(UserError, match="must be a mapping"):
+        parse_yaml("- a\n- b\n", "r.yaml")
+
+
+def test_yaml_runs_nothing():
+    with pytest.raises(UserError, match="must be YAML"):
+        parse_yaml("seed: !!python/object/apply:os.getcwd []\n", "r.yaml")
+
+
+def test_overrides_change_steps_resources_and_the_seed():
+    parsed = tree(web=dict(POOL))
+    apply_override(parsed, "web.min_side=7")
+    apply_override(parsed, "resources.workers=1")
+    apply_override(parsed, "seed=9")
+    recipe = parse_recipe(parsed, STAGES)
+    assert (recipe.steps[0].config.min_side, recipe.resources.workers, recipe.seed) == (7, 1, 9)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("web", "step.key=value"), ("a.b.c=1", "step.key=value"), ("wep.min_side=3", "'wep', which is not in the recipe")],
+)
+def test_an_override_that_hits_nothing_is_refused(override, words):
+    with pytest.raises(UserError, match=words):
+        apply_override(tree(web=dict(POOL)), override)
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="no recipe"):
+        read_recipe(Location(str(tmp_path / "no.yaml")), [], STAGES)

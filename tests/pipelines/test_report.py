@@ -1,0 +1,324 @@
+import math
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from curation.artifact import pool_of, read_table
+from curation.embeddings import embedding_parts
+from curation.store import Location
+from pipelines import drawings
+from pipelines.engine import read_root, run_recipe
+from pipelines.executor import LocalExecutor, Resources
+from pipelines.recipe import parse_recipe
+from pipelines.report import ReportConfig, Run, build_page
+from pipelines.report_sections import balance
+from pipelines.stages.report import STAGE
+from pipelines.stages.table import STAGES
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+MAX_BYTES = 4_000_000
+
+
+class Page(HTMLParser):
+    """Tags with their attributes and text; complains about a tag that is not closed."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.cells, self.text = [], [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.cells.append([])
+        if tag in ("td", "th"):
+            self.cells[-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"closes {tag} in the wrong place"
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if {"td", "th"} & set(self.open):
+            self.cells[-1][-1] += data
+
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+    def images(self):
+        return [attrs for tag, attrs in self.tags if tag == "img"]
+
+
+def artifacts(tiny):
+    return {name: tiny.artifact(name) for name in tiny.results if name != "page"}
+
+
+def page_of(steps, labels=None, **config):
+    return build_page(Run(steps, ReportConfig(**config), labels, LocalExecutor(Resources())))
+
+
+@pytest.fixture(scope="module")
+def html(tiny):
+    return (tiny.artifact("page").location / "index.html").read().decode()
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
+
+
+def table_below(page, first_header):
+    start = next(i for i, row in enumerate(page.cells) if row and row[0] == first_header)
+    found = []
+    for row in page.cells[start + 1 :]:
+        if len(row) != len(page.cells[start]) or row[0] in ("step", "after step", "backbone"):
+            break
+        found.append([" ".join(cell.split()) for cell in row])
+    return found
+
+
+def test_the_table_has_every_step_with_its_counts(tiny, page):
+    rows = {row[0]: row for row in table_below(page, "step")}
+    assert list(rows) == list(artifacts(tiny))
+    for name, artifact in artifacts(tiny).items():
+        shown = [int(cell.replace(",", "")) if cell else None for cell in rows[name][3:7]]
+        assert shown == [artifact.counts.get(key) for key in ("rows", "kept", "dropped", "bad")]
+        assert rows[name][1] == artifact.stage
+
+
+def test_the_picture_has_a_box_for_every_step_and_an_arrow_to_every_reader(tiny, html, page):
+    svg = html[html.index('<svg class="graph"') : html.index("</svg>", html.index('<svg class="graph"'))]
+    names = re.findall(r'<text class="name"[^>]*>([^<]*)<', svg)
+    assert sorted(names) == sorted(artifacts(tiny))
+    n_reads = sum(
+        len({read["path"].split("/")[0] for read in entry.manifest["inputs"].values()})
+        for entry in artifacts(tiny).values()
+    )
+    assert svg.count("marker-end") == n_reads
+
+
+def test_pairs_show_the_similarity_of_the_two_images(tiny, html):
+    unique = tiny.artifact("unique")
+    starts = tiny.artifact("web").starts
+    vectors = {}
+    for i, part in enumerate(embedding_parts(tiny.artifact("web_copy"))):
+        rows, x = part.read()
+        vectors |= {int(starts[i]) + int(row): vector for row, vector in zip(rows, x, strict=True)}
+    expected = []
+    for i in range(len(unique.parts)):
+        for row in read_table(unique.part(i)).to_pylist():
+            if not row["kept"]:
+                a, b = vectors[int(starts[i]) + row["row"]], vectors[row["representative"]]
+                expected.append(f"{float(a.astype(float) @ b.astype(float)):.4f}")
+    section = html[html.index('id="duplicates"') : html.index('id="leaks"')]
+    shown = re.findall(r"<b>(\d\.\d{4})</b>", section)
+    assert len(expected) == unique.counts["dropped"] == 10
+    assert sorted(shown) == sorted(expected)  # all ten fit on the page
+    assert section.count("<img") == 20
+
+
+def test_leaks_stand_beside_their_reference_image(tiny, html):
+    clean = tiny.artifact("clean")
+    section = html[html.index('id="leaks"') : html.index('id="clusters"')]
+    names = re.findall(r'alt="(reference|dropped) ([^"]*)"', section)
+    dropped = [name for kind, name in names if kind == "dropped"]
+    assert clean.counts["dropped"] == len(dropped) == 5
+    for (_, reference), (_, leak) in zip(names[::2], names[1::2], strict=True):
+        assert leak.removeprefix("leak-") == reference.rpartition("/")[2]
+
+
+def test_refused_files_are_counted_by_reason(tiny, html):
+    counts = tiny.artifact("web").counts
+    for reason in ("undecodable", "too_small", "exact_duplicate"):
+        assert f"<h4>{reason.replace('_', ' ')}: {counts[reason]}</h4>" in html
+    assert "broken.jpg" in html and "page.png" in html
+
+
+def test_clusters_show_their_sizes_and_images_of_theirs(tiny, tmp_path):
+    html = small_page(tiny.images / "web", tmp_path, clusters=[20, 5], target=60)
+    tree, balanced = (read_root(Location(str(tmp_path / "root")))[name] for name in ("tree", "balanced"))
+    labels = np.concatenate([read_table(tree.part(i), ["label"])["label"].to_numpy() for i in range(len(tree.parts))])
+    kept = np.concatenate([read_table(balanced.part(i), ["kept"])["kept"].to_numpy() for i in range(len(tree.parts))])
+    upper = read_table(tree.location / "labels-1-0000000.parquet", ["label"])["label"].to_numpy()
+    sizes, sampled = (np.bincount(upper[some], minlength=5).tolist() for some in (labels, labels[kept]))
+    shown = re.findall(r"<b>cluster (\d+)</b><span class=\"quiet\">(\d+) images?, (\d+) sampled", html)
+    assert {int(c): (int(a), int(b)) for c, a, b in shown} == {c: (sizes[c], sampled[c]) for c in range(5)}
+    assert min(sizes) > 0 and sum(sampled) == 60 < sum(sizes)
+    section = html[html.index('id="clusters"') : html.index('id="backbones"')]
+    assert section.count("<img") == sum(min(size, ReportConfig().n_images) for size in sizes)
+    sources = [row["source"] for i in range(len(tree.parts)) for row in read_table(pool_of(tree).part(i)).to_pylist()]
+    cluster_of = dict(zip(sources, upper[labels].tolist(), strict=True))
+    chosen = dict(zip(sources, kept.tolist(), strict=True))
+    for cluster, kind, name in re.findall(r'alt="cluster (\d+), (\w+) ([^"]*)"', section):
+        assert cluster_of[name] == int(cluster) and chosen[name] == (kind == "sampled")
+
+
+def test_classes_come_from_the_file_of_labels(tiny, page):
+    target = load_digits().target
+    names = [
+        row["source"]
+        for i in range(len(tiny.artifact("web").parts))
+        for row in read_table(tiny.artifact("web").part(i)).to_pylist()
+    ]
+    known = [str(target[int(name[:4])]) for name in names if name[:4].isdigit()]
+    rows = {row[0]: row[1:] for row in table_below(page, "after step")}
+    assert list(rows) == ["web", "usable", "unique", "clean", "balanced"]
+    assert rows["web"][0] == str(len(known))
+    n = np.array(list(Counter(known).values()))
+    assert rows["web"][3] == f"{n.max() / n.min():.1f} : 1"
+
+
+def test_without_labels_there_are_no_classes(tiny):
+    assert 'id="classes"' not in page_of(artifacts(tiny))
+
+
+def test_curves_accuracies_and_backbones_are_those_of_the_artifacts(tiny, html, page):
+    table = read_table(tiny.artifact("first").part(0))
+    assert f"ln K = {math.log(64):.2f}" in html
+    assert f"The loss ends at {np.nanmean(table['loss'].to_numpy()[-1:]):.2f} nats" in page.words()
+    assert f"<b>{100 * tiny.artifact('score').facts['accuracy']:.1f} %</b>" in html
+    digest = next(f.sha256 for f in tiny.artifact("first").files if f.name == "model.safetensors")
+    rows = {row[1]: row for row in table_below(page, "backbone")}
+    assert rows["first"][2] == digest[:16] and rows["first"][4] == "web_vec, score"
+
+
+def test_nothing_is_loaded_from_elsewhere_and_no_script_runs(html, page):
+    for tag, attrs in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "base", "form")
+        assert not [name for name in attrs if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert attrs.get(name, "#").startswith(("#", "data:image/"))
+    assert "url(http" not in html and "@import" not in html
+
+
+def test_every_picture_has_words_for_who_cannot_see_it(page):
+    assert all(attrs["alt"].strip() for attrs in page.images())
+    assert all(attrs["aria-label"].strip() for tag, attrs in page.tags if tag == "svg")
+
+
+def test_a_page_says_neither_where_nor_when(tiny, html):
+    assert str(tiny.root.parent) not in html
+    assert page_of(artifacts(tiny)) == page_of(artifacts(tiny))
+
+
+def test_names_of_files_are_words_not_markup(tmp_path):
+    folder = tmp_path / "<b>images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), np.uint8)).save(folder / f"<script>alert({i})<&\"'>.png")
+    (folder / "<script>bad.png").write_bytes(b"<script>alert(1)</script>")
+    html = small_page(folder, tmp_path, title="<script>x</script>")
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(" in html
+    Page(html)
+
+
+def small_page(folder, tmp_path, clusters=(3,), target=4, **config):
+    tree = {
+        "steps": {
+            "web": {"stage": "pool", "source": str(folder), "part_rows": 16, "max_bad_fraction": 0.5},
+            "vectors": {"stage": "embed", "pool": "web", "backbone": "pixels"},
+            "tree": {"stage": "cluster", "embeddings": "vectors", "n_clusters": list(clusters)},
+            "balanced": {"stage": "sample", "hierarchy": "tree", "target": target},
+            "page": {"stage": "report", **config},
+        }
+    }
+    steps = list(run_recipe(parse_recipe(tree, STAGES), Location(str(tmp_path / "root")), LocalExecutor(Resources())))
+    return (steps[-1].location / "index.html").read().decode()
+
+
+def test_a_recipe_without_a_kind_of_step_has_no_such_section(tiny, html):
+    steps = artifacts(tiny)
+    bare = page_of({"exam": steps["exam"]})
+    for section in ("rejected", "duplicates", "leaks", "clusters", "classes", "training", "accuracy", "backbones"):
+        assert f'id="{section}"' in html
+        assert f'id="{section}"' not in bare
+    Page(bare)
+
+
+def test_pictures_are_bounded_and_can_be_left_out(tiny, html):
+    assert len(html) < MAX_BYTES
+    few = Page(page_of(artifacts(tiny), n_pairs=1, n_images=2, n_clusters=3, n_rejected=1))
+    assert len(few.images()) <= 2 * 3 * 2 + 3 * 2 + 3
+    none = Page(page_of(artifacts(tiny), n_pairs=0, n_images=0, n_clusters=0, n_rejected=0, n_classes=0))
+    assert not none.images()
+    with pytest.raises(ValueError, match=r"report\.n_pairs must be in 0\.\.48: got 49"):
+        ReportConfig(n_pairs=49)
+
+
+def test_a_file_that_has_gone_costs_its_picture_alone(tiny, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(5):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 24, 3), np.uint8)).save(folder / f"{i}.png")
+    small_page(folder, tmp_path)
+    (folder / "3.png").unlink()
+    steps = {name: artifact for name, artifact in read_root(Location(str(tmp_path / "root"))).items() if name != "page"}
+    page = Page(page_of(steps))
+    assert len(page.images()) == 4 and page.words().count("no picture") == 1
+
+
+def test_even_classes_count_fully():
+    assert balance({"a": 5, "b": 5, "c": 0}) == {
+        "images": 10,
+        "classes": 2,
+        "effective": pytest.approx(2.0),
+        "ratio": 1.0,
+    }
+    assert balance({})["images"] == 0
+    assert 1 < balance({"a": 99, "b": 1})["effective"] < 1.1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_boxes_of_a_picture_do_not_overlap_and_arrows_lead_down(seed):
+    rng = np.random.default_rng(seed)
+    names = [f"step{i}" for i in range(25)]
+    inputs = {
+        name: rng.choice(names[:i], min(i, int(rng.integers(0, 4))), replace=False).tolist()
+        for i, name in enumerate(names)
+        if i
+    }
+    layers, arrows = drawings.layered(names, inputs)
+    x = drawings.place(layers, arrows)
+    level = {name: i for i, layer in enumerate(layers) for name in layer}
+    assert all(level[b] == level[a] + 1 for a, b in arrows)
+    reached = {(a.partition("|")[0], b) for a, b in arrows if "|" not in b}
+    assert reached == {(source, name) for name, some in inputs.items() for source in some}
+    for layer in layers:
+        for left, right in pairwise(sorted(layer, key=x.get)):
+            assert x[right] - x[left] >= drawings.half_width(left) + drawings.half_width(right) + drawings.GAP_X - 1e-6
+    assert min(x[name] - drawings.half_width(name) for name in level) >= 0
+
+
+@pytest.mark.parametrize("highest", [0.003, 0.9, 1, 4.7, 250, 99_999])
+def test_ticks_are_few_round_and_reach_the_top(highest):
+    ticks = drawings.nice_ticks(highest)
+    assert ticks[0] == 0 and ticks[-1] >= highest * (1 - 1e-9) and 2 <= len(ticks) <= 7
+
+
+def test_the_truth_of_a_pool_is_noticed_when_it_changes(tmp_path):
+    path = tmp_path / "labels.parquet"
+    listed = []
+    for label in ("a", "b"):
+        pq.write_table(pa.table({"source": ["x.png"], "label": [label]}), path)
+        listed.append(STAGE.look(ReportConfig(labels=str(path)))[0])
+    (tmp_path / "elsewhere").mkdir()
+    path.rename(tmp_path / "elsewhere" / "other.parquet")
+    assert listed[0] != listed[1]
+    assert STAGE.look(ReportConfig(labels=str(tmp_path / "elsewhere" / "other.parquet")))[0] == listed[1]
