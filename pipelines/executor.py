@@ -5,6 +5,7 @@ out, so an item of a lost worker is simply given to another. Results are consume
 """
 
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ Progress = Callable[[int, int], None]  # items done, items in all
 
 # What work on data can raise; other exceptions (a missing package, an interrupt) pass as they are.
 WORK_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+CONNECT_S = 5  # seconds until an address counts as dead
 MAX_TRIES = 3  # of one item, when workers die under it
 IN_FLIGHT = 4  # tasks a worker: enough that none waits, few enough that results do not pile up
 
@@ -102,6 +104,19 @@ def short(item: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
+def check_address(address: str) -> None:
+    """Raise UserError unless something listens at ``host:port``: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--address must be host:port: got {address!r}", "a cluster is never searched for")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as e:
+        raise UserError(
+            f"no Ray cluster answers at {address}: {e}", "start one, or leave --address out for this machine"
+        ) from e
+
+
 class RemoteRef(Generic[Result]):
     """A value in Ray's object store."""
 
@@ -142,14 +157,16 @@ class _Worker:
 
     def __init__(self, setup: tuple[str, bool]) -> None:
         _prepare(*setup)
+        self.make: Callable[[], Callable[[Any], Any]] | None = None
         self.work: Callable[[Any], Any] | None = None
 
     def load(self, make: Callable[[], Callable[[Any], Any]] | None) -> None:
-        self.work = None  # let go of the old model before the new one comes
-        self.work = make() if make else None
+        self.make, self.work = make, None  # made with the first item, so that a failure has somewhere to be told
 
     def do(self, item: Any) -> Any:
-        assert self.work is not None
+        if self.work is None:
+            assert self.make is not None, "load comes before do"
+            self.work = self.make()
         return self.work(item)
 
 
@@ -165,18 +182,15 @@ class RayExecutor:
         self.resources = resources
         self.progress = progress
         local = address == "local"
-        try:
-            ray.init(
-                address=address,  # always said: without it Ray joins whatever cluster it finds
-                num_cpus=(resources.workers or os.cpu_count()) if local else None,
-                include_dashboard=False if local else None,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-        except (ConnectionError, ValueError) as e:
-            raise UserError(
-                f"no Ray cluster answers at {address}: {e}", "start one, or leave --address out for this machine"
-            ) from e
+        if not local:
+            check_address(address)
+        ray.init(
+            address=address,  # always said: without it Ray joins whatever cluster it finds
+            num_cpus=(resources.workers or os.cpu_count()) if local else None,
+            include_dashboard=False if local else None,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
         self.n_workers = resources.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._setup = (numerics_hash(), resources.mixed_machines)
         self._pools: dict[float, _Pool] = {}

@@ -1,0 +1,156 @@
+"""Both executors keep one contract: order, the same tree of sums, failures with the item's name, lost workers replaced."""
+
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from curation.execute import on_worker
+from pipelines.errors import TaskError, UserError
+from pipelines.executor import LocalExecutor
+
+
+@pytest.fixture(params=["serial", "ray"])
+def executor(request):
+    return LocalExecutor() if request.param == "serial" else request.getfixturevalue("ray_executor")
+
+
+def late_first(i: int) -> int:
+    time.sleep(0.2 if i == 0 else 0)
+    return i * i
+
+
+def test_results_come_in_the_order_of_the_items(executor):
+    assert list(executor.map(late_first, range(30))) == [i * i for i in range(30)]
+
+
+def add(item: int, much: int) -> int:
+    return item + much
+
+
+def test_shared_values_may_be_references(executor):
+    three = executor.reduce(int, ["3"], max)
+    assert list(executor.map(add, [1, 2], shared={"much": three})) == [4, 5]
+    assert on_worker(executor, partial(add, 1), {"much": three}).get() == 4
+
+
+def brackets(a: str, b: str) -> str:
+    return f"({a}{b})"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 9, 10, 28])
+def test_sums_are_made_in_a_tree_fixed_by_index(executor, n):
+    """Written out by hand for fan_in 3: neighbours are folded from the left, level by level."""
+    items = [chr(97 + i) for i in range(n)]
+    level = items
+    while len(level) > 1:
+        groups = [level[i : i + 3] for i in range(0, len(level), 3)]
+        level = [group[0] if len(group) == 1 else brackets_of(group) for group in groups]
+    assert executor.reduce(str, items, brackets, fan_in=3).get() == level[0]
+
+
+def brackets_of(group: list[str]) -> str:
+    total = group[0]
+    for item in group[1:]:
+        total = brackets(total, item)
+    return total
+
+
+def test_nothing_cannot_be_reduced(executor):
+    with pytest.raises(ValueError, match="at least one item"):
+        executor.reduce(str, [], brackets)
+
+
+def fail_at_three(i: int) -> int:
+    if i == 3:
+        raise ValueError("three is bad")
+    return i
+
+
+def refuse(i: int) -> int:
+    raise UserError("not so", "but so")
+
+
+def test_a_failure_names_the_item(executor):
+    with pytest.raises(TaskError, match="at 3: ValueError: three is bad"):
+        list(executor.map(fail_at_three, range(6)))
+    with pytest.raises(TaskError, match="at 3: ValueError: three is bad"):
+        list(executor.map_workers(partial(given, fail_at_three), range(6)))
+
+
+def given(fn):
+    return fn
+
+
+def test_what_the_user_can_mend_passes_as_it_is(executor):
+    with pytest.raises(UserError, match="not so") as caught:
+        list(executor.map(refuse, range(2)))
+    assert caught.value.hint == "but so"
+
+
+def no_model():
+    raise ValueError("no weights here")
+
+
+def test_a_model_that_cannot_be_loaded_is_told(executor):
+    with pytest.raises(TaskError, match="no weights here"):
+        list(executor.map_workers(no_model, range(3)))
+
+
+def count_makes(folder: Path):
+    (folder / f"made-{os.getpid()}-{time.monotonic_ns()}").touch()
+    return late_first
+
+
+def test_a_worker_is_made_once_for_many_items(executor, tmp_path):
+    assert list(executor.map_workers(partial(count_makes, tmp_path), range(12))) == [i * i for i in range(12)]
+    assert 1 <= len(list(tmp_path.iterdir())) <= 2
+
+
+def die_once(folder: Path, i: int) -> int:
+    if i == 5 and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return i
+
+
+def make_mortal(folder: Path):
+    return partial(die_once, folder)
+
+
+def test_the_item_of_a_lost_worker_is_given_to_another(ray_executor, tmp_path):
+    assert list(ray_executor.map_workers(partial(make_mortal, tmp_path), range(20))) == list(range(20))
+    assert (tmp_path / "died").exists()
+
+
+def test_the_item_of_a_lost_task_is_done_again(ray_executor, tmp_path):
+    assert list(ray_executor.map(partial(die_once, tmp_path), range(20))) == list(range(20))
+    assert (tmp_path / "died").exists()
+
+
+def always_die(i: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return i
+
+
+def test_an_item_that_kills_every_worker_fails_the_step(ray_executor):
+    with pytest.raises(TaskError, match="at 0: "):
+        list(ray_executor.map_workers(partial(given, always_die), [0]))
+
+
+def test_a_worker_with_other_versions_is_refused(ray_executor, monkeypatch):
+    monkeypatch.setattr(ray_executor, "_setup", ("another machine", False))
+    with pytest.raises(UserError, match="the versions and the BLAS core of the driver"):
+        list(ray_executor.map(late_first, [1]))
+    monkeypatch.setattr(ray_executor, "_setup", ("another machine", True))
+    assert list(ray_executor.map(late_first, [1])) == [1]
+
+
+def test_progress_counts_items(executor):
+    seen: list[tuple[int, int]] = []
+    executor.progress = lambda done, total: seen.append((done, total))
+    list(executor.map(late_first, range(3)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
