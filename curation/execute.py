@@ -144,6 +144,8 @@ def fold_tree(results: Iterable[Result], merge: Callable[[Result, Result], Resul
         if levels[level]:
             close(level)
         level += 1
+    if not levels[level]:
+        raise ValueError("nothing to fold")
     return fold(levels[level], merge)
 
 

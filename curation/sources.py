@@ -7,7 +7,9 @@ something is an image is told later, by its bytes.
 """
 
 import hashlib
+import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,9 +189,10 @@ def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     size = path.stat().st_size
     n_read = 0
     try:
-        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+        with _Headers(path) as heads, tarfile.open(fileobj=heads, mode="r:") as tar, path.open("rb") as file:
             for member in tar:
-                if member.size < 0 or (member.isreg() and member.offset_data + _stored(member) > size):
+                end = member.offset_data + (member.size if member.isreg() and not member.issparse() else 0)
+                if not member.offset_data <= min(end, tar.offset) or max(end, tar.offset - tarfile.BLOCKSIZE) > size:
                     raise tarfile.ReadError(f"member {member.name!r} needs bytes that the file does not have")
                 if member.isreg():
                     file.seek(member.offset_data)
@@ -201,8 +204,13 @@ def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
         raise tarfile.ReadError(f"tar breaks off after {n_read} members: {e}") from e
 
 
-def _stored(member: tarfile.TarInfo) -> int:
-    return 0 if member.issparse() else member.size  # a sparse member says how long it would be without holes
+class _Headers(io.FileIO):
+    """A file for tarfile to read headers from: it asks for as many bytes as a spoilt one claims."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most what is left, nothing for a negative size."""
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(min(max(size or 0, 0), max(left, 0)))
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:
@@ -296,7 +304,7 @@ def _image_cells(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray | None, pa.Ch
 def _is_binary(kind: pa.DataType) -> bool:
     types = pa.types
     checks = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
-    return any(check(kind) for check in checks)
+    return any(check(kind.value_type if types.is_dictionary(kind) else kind) for check in checks)
 
 
 def read_checked(root: Location, rows: pa.Table, image_column: str = "image") -> Iterator[bytes]:

@@ -21,11 +21,12 @@ def numerics() -> dict[str, str]:
             tag[package] = version(package)
         except PackageNotFoundError:
             continue
-    import numpy  # noqa: F401  # so that its BLAS is loaded and can be asked for its core type
+    import torch  # and with it numpy, whose BLAS can now be asked for its core type
 
+    tag["torch_simd"] = torch.backends.cpu.get_cpu_capability()
     cores = {str(lib.get("architecture")) for lib in threadpool_info() if lib.get("user_api") == "blas"}
     tag["blas"] = ",".join(sorted(cores))
-    tag["device"] = os.environ.get("CUDA_VISIBLE_DEVICES", "") or "cpu"
+    tag["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return tag
 
 

@@ -82,7 +82,11 @@ def test_another_manifest_is_refused(tmp_path, text, words):
 
 def test_the_files_say_what_is_there(place):
     made = make(place, [3, 0, 8])
-    assert [part.name for part in made.parts] == ["part-0000000.parquet", "part-0000001.parquet", "part-0000002.parquet"]
+    assert [part.name for part in made.parts] == [
+        "part-0000000.parquet",
+        "part-0000001.parquet",
+        "part-0000002.parquet",
+    ]
     assert made.starts.tolist() == [0, 3, 3, 11] and made.starts.dtype == np.int64
     for i, part in enumerate(made.parts):
         with made.part(i).local_copy() as path:
@@ -179,7 +183,7 @@ def test_an_input_is_found_and_must_not_have_changed(place):
     with pytest.raises(KeyError):
         above.input("selection")
     make(place, [3, 3])  # the pool is made anew
-    with pytest.raises(ValueError, match="pool/1 must have the content .*embed/7 was made from: its digest differs"):
+    with pytest.raises(ValueError, match=r"pool/1 must have the content .*embed/7 was made from: its digest differs"):
         above.input("pool")
     (place / "pool/1" / MANIFEST).delete()
     with pytest.raises(ValueError, match="pool/1 is not finished"):
@@ -189,7 +193,12 @@ def test_an_input_is_found_and_must_not_have_changed(place):
 def test_the_pool_of_an_artifact_is_found_along_its_inputs(tmp_path):
     place = Location(str(tmp_path))
     last = make(place, [2])
-    for stage, name in (("embed", "pool"), ("neighbors", "embeddings"), ("dedup", "neighbors"), ("shards", "selection")):
+    for stage, name in (
+        ("embed", "pool"),
+        ("neighbors", "embeddings"),
+        ("dedup", "neighbors"),
+        ("shards", "selection"),
+    ):
         inputs = {name: {"path": "/".join(last.location.uri.split("/")[-2:]), "digest": last.digest}}
         last = make(place, [1], {"stage": stage, "inputs": inputs}, name=f"{stage}/1")
     assert pool_of(last).location == place / "pool/1"

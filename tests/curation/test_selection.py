@@ -39,7 +39,9 @@ def test_columns_of_other_lengths_are_refused(tmp_path):
 
 
 def test_without_a_selection_all_rows_of_a_part_go_on(place):
-    pool = finish(place, [write_table(place / part_name(i), pa.table({"x": range(n)})) for i, n in enumerate((2, 0))], {})
+    pool = finish(
+        place, [write_table(place / part_name(i), pa.table({"x": range(n)})) for i, n in enumerate((2, 0))], {}
+    )
     assert selected_rows(pool, None, 0).rows.tolist() == [0, 1]
     assert selected_rows(pool, None, 0).counts.tolist() == [1, 1]
     assert selected_rows(pool, None, 1).rows.dtype == np.int32 and len(selected_rows(pool, None, 1).rows) == 0

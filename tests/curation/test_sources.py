@@ -172,9 +172,14 @@ def test_keys_and_images_are_those_that_webdataset_finds(tmp_path):
         if not name.startswith("__") and name not in ("json", "cls")
     ]
     assert [((key, suffix.lower()), data) for (key, suffix), data in ours] == theirs
-    assert split_key("a/b") == ("a/b", "") and split_key(".x.jpg") == ("", "x.jpg") and split_key("a.b/c.d.e") == (
-        "a.b/c",
-        "d.e",
+    assert (
+        split_key("a/b") == ("a/b", "")
+        and split_key(".x.jpg") == ("", "x.jpg")
+        and split_key("a.b/c.d.e")
+        == (
+            "a.b/c",
+            "d.e",
+        )
     )
 
 
@@ -330,8 +335,8 @@ def test_a_size_that_cannot_be_ends_a_tar(tmp_path, kind, size):
 
 
 @pytest.mark.timeout(60)
-def test_garbage_never_raises_and_never_hides_a_member(tmp_path):
-    """Random bytes anywhere: what stands before the first touched byte is found, and there is a last word."""
+def test_garbage_never_raises_and_costs_nothing_before_it(tmp_path):
+    """Random bytes in headers whose checksum is right: what stands before them is found."""
     rng = np.random.default_rng(1)
     for kind in (USTAR, PAX, GNU):
         names = [f"{'é' * 60}/{'d' * 60}/{i}.jpg" if kind != USTAR else f"{i}.jpg" for i in range(4)]
@@ -339,7 +344,7 @@ def test_garbage_never_raises_and_never_hides_a_member(tmp_path):
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             ends = [(m.offset_data + m.size, m.name) for m in tar]
         heads = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
-        for _ in range(150):
+        for _ in range(80):
             spoilt = bytearray(data)
             at = int(rng.choice(heads))
             where = at + int(rng.choice([0, 100, 124, 130, 135, 148, 156, 157, 257, 345, 483, 512, 520, 530]))
@@ -356,7 +361,11 @@ def test_garbage_never_raises_and_never_hides_a_member(tmp_path):
 
 
 HF = pa.schema(
-    [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64()), ("text", pa.string())]
+    [
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("label", pa.int64()),
+        ("text", pa.string()),
+    ]
 )
 
 
@@ -409,7 +418,7 @@ def test_parquet_without_images_is_named(tmp_path, row, words):
 @pytest.mark.parametrize("cut", [0, 3, 50, -1])
 def test_a_broken_parquet_file_is_named(tmp_path, cut):
     (tmp_path / "a.parquet").write_bytes(make_parquet([{"image": b"1"}])[:cut])
-    with pytest.raises(ValueError, match="a.parquet must be a Parquet file"):
+    with pytest.raises(ValueError, match=r"a.parquet must be a Parquet file"):
         scan(Location(str(tmp_path)))
 
 
@@ -457,7 +466,7 @@ def test_images_are_read_again_as_they_were_scanned(place, every_kind, monkeypat
     rng = np.random.default_rng(0)
     subsets = [np.arange(len(records)), np.array([], int), np.array([30])]
     subsets += [np.sort(rng.choice(len(records), 30, replace=False)) for _ in range(3)]
-    subsets += [rng.permutation(len(records)), rng.integers(0, len(records), 40)]
+    subsets += [rng.permutation(len(records))[:30], rng.integers(0, len(records), 20)]
     table = pool_rows(records)
     for subset in subsets:
         rows = table.take(pa.array(subset))
@@ -497,9 +506,7 @@ def test_ranges_that_nearly_touch_are_one_request_of_bounded_size(on_s3, monkeyp
     (on_s3 / "x").write(data)
     real, asked = client().get_object, []
     monkeypatch.setattr(client(), "get_object", lambda **k: asked.append(k.get("Range")) or real(**k))
-    offsets, lengths = [0, 25, 60, 90, 95, 300, 290, 310], [20, 30, 0, 5, 80, 150, 5, 1]
+    offsets, lengths = [0, 25, 60, 90, 95, 300, 290, 310], [20, 30, 0, 5, 96, 150, 5, 1]
     found = list(read_ranges(on_s3 / "x", offsets, lengths))
     assert found == [data[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
-    assert asked == ["bytes=0-59", "bytes=90-94", "bytes=95-174", "bytes=300-449", "bytes=290-294", "bytes=310-310"] or (
-        asked[0] == "bytes=0-54"
-    )
+    assert asked == ["bytes=0-59", "bytes=90-94", "bytes=95-190", "bytes=300-449", "bytes=290-294", "bytes=310-310"]
