@@ -21,7 +21,8 @@ from torch import Tensor
 
 from embedding.config import POOLINGS
 from embedding.preprocess import PIXELS_WIDTH, Preprocess, pixel_descriptor, read_hf_preprocess
-from embedding.vit import Tokens, ViT, ViTConfig
+from embedding.vit import Tokens, ViT
+from embedding.vit_config import ViTConfig
 
 VIT_FORMAT = "openlvd-vit"
 

@@ -197,7 +197,10 @@ def last_screen(summary: Mapping[str, Any]) -> Group:
         blocks += [head("Planted near-duplicates and leaks"), found_table(summary)]
         blocks += [head("Images by class, which no step has seen"), class_table(summary["classes"])]
     else:
-        blocks += [head("Planted near-duplicates and leaks"), Text(f"not measured: {TRUTH} is absent. The run did not need it.")]
+        blocks += [
+            head("Planted near-duplicates and leaks"),
+            Text(f"not measured: {TRUTH} is absent. The run did not need it."),
+        ]
     blocks += [head("k-NN accuracy on the exam, one bank for all"), accuracy_table(summary["accuracy"])]
     blocks += [Text(verdict(summary["accuracy"])), head("Report"), Text(summary["report"], overflow="fold")]
     return Group(*blocks)

@@ -22,7 +22,7 @@ from pipelines.executor import LocalExecutor, RayExecutor
 from pipelines.lock import lock_root
 from pipelines.numerics import numerics
 from pipelines.recipe import Recipe, Step
-from pipelines.stage import SCRATCH, Output, Stage
+from pipelines.stage import FOUND, SCRATCH, Output, Stage
 from pipelines.stages.table import STAGES
 
 Look = tuple[Sequence[Entry] | None, Any]  # what is outside: its listing, and what the stage made of it
@@ -114,7 +114,7 @@ def run_step(prepared: Prepared, root: Location, executor: LocalExecutor | RayEx
     prepared.location.sweep()
     out = Output(prepared.location, executor)
     started = time.time()
-    inputs = {**prepared.inputs, "found": prepared.found}
+    inputs = {**prepared.inputs, FOUND: prepared.found}
     try:
         counts = prepared.stage.run(prepared.step.config, inputs, out, executor)
     except UserError as e:
@@ -138,8 +138,14 @@ def run_step(prepared: Prepared, root: Location, executor: LocalExecutor | RayEx
     }
     log_run(prepared.location, {"seconds": round(time.time() - started, 3), "counts": counts})
     finish(prepared.location, out.files, head)
-    (prepared.location / SCRATCH).delete()
     return counts
+
+
+def drop_scratch(artifact: Artifact) -> None:
+    """Remove what a finished step needed on its way; a kill may have left it after the manifest was there."""
+    scratch = artifact.location / SCRATCH
+    if scratch.is_folder():
+        scratch.delete()
 
 
 def relative_path(location: Location, root: Location) -> str:
@@ -187,6 +193,7 @@ def run_recipe(
                 executor.progress = on_step(step.name, step.stage)
                 run_step(prepared, root, executor)
                 state, artifact = "done", prepared.artifact()
+            drop_scratch(artifact)
             done[step.name] = artifact
             note_run(root, recipe, done)
             seconds = time.time() - started if state == "done" else 0.0

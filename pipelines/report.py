@@ -163,7 +163,7 @@ def headline(run: Run) -> list[Fact]:
     chosen = list(run.of("sample").values()) or list(run.of("decontaminate", "dedup", "select").values())
     pools = {run.pool(step).location.uri: run.pool(step) for step in chosen} or run.of("pool")
     facts.append(Fact(f"{sum(pool.counts['rows'] for pool in pools.values()):,}", "files looked at"))
-    for stage, label in (("dedup", "near-duplicates dropped"), ("decontaminate", "images of the exam dropped")):
+    for stage, label in (("dedup", "near-duplicates dropped"), ("decontaminate", "leaks dropped")):
         if run.of(stage):
             facts.append(Fact(f"{sum(step.counts['dropped'] for step in run.of(stage).values()):,}", label))
     if chosen:

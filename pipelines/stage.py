@@ -2,7 +2,7 @@
 
     run(config, inputs, out, executor) -> counts
 
-``inputs`` has the artifacts by name and, for a stage that reads from outside, ``found``: what its ``look`` listed.
+``inputs`` has the artifacts by name and, for a stage that reads from outside, ``FOUND``: what its ``look`` listed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +16,7 @@ from curation.store import Entry, Location
 Item = TypeVar("Item")
 Inputs = Mapping[str, Any]
 SCRATCH = "scratch"
+FOUND = "(found)"  # among the inputs: what ``look`` made of its listing; no step can have this name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from embedding.vit import ViTConfig
+from embedding.vit_config import ViTConfig
 from training.augment import AugmentConfig
 from training.schedules import warmup_constant_cooldown, warmup_cosine
 

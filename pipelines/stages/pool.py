@@ -31,7 +31,7 @@ from curation.shuffle import read_shuffle, write_shuffle
 from curation.sources import Listing, Record, Unit, list_source, plan_units, read_unit, split_parquet
 from curation.store import Entry, Location
 from pipelines.errors import UserError
-from pipelines.stage import Inputs, Output, Stage, whole_files
+from pipelines.stage import FOUND, Inputs, Output, Stage, whole_files
 
 BAD_REASONS = ("undecodable", "too_large")  # images that are broken, not merely unwanted
 SCAN_BATCH = 1024  # rows of Python values at a time before they become Arrow
@@ -58,7 +58,7 @@ def look(config: PoolConfig) -> tuple[Sequence[Entry], Listing]:
 
 def run(config: PoolConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
     """Write ``part-*`` (kept rows) and ``rejected-*`` (the others, with the reason)."""
-    listing: Listing = inputs["found"]
+    listing: Listing = inputs[FOUND]
     tasks = _tasks(config, listing, executor)
     scans = out.scratch("scan")
     made = {entry.name for entry in scans.list()} if scans.is_folder() else set()

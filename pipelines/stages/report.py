@@ -6,7 +6,7 @@ from curation.artifact import Artifact, Counts, describe
 from curation.execute import Executor
 from curation.store import Entry, Location, file_sha256
 from pipelines.report import ReportConfig, Run, build_page
-from pipelines.stage import Inputs, Output, Stage
+from pipelines.stage import FOUND, Inputs, Output, Stage
 
 PAGE = "index.html"
 
@@ -25,7 +25,7 @@ def run(config: ReportConfig, inputs: Inputs, out: Output, executor: Executor) -
     """Write ``index.html``."""
     steps = {name: artifact for name, artifact in inputs.items() if isinstance(artifact, Artifact)}
     page = out.location / PAGE
-    page.write(build_page(Run(steps, config, inputs.get("found"), executor)).encode())
+    page.write(build_page(Run(steps, config, inputs.get(FOUND), executor)).encode())
     out.files.append(describe(page))
     return {"rows": len(steps), "kept": len(steps), "dropped": 0, "bad": 0}
 

@@ -11,7 +11,8 @@ import torch
 
 from embedding.backbone import find_folder, load_backbone, load_vit, save_vit
 from embedding.preprocess import Preprocess, pixel_descriptor
-from embedding.vit import ViT, ViTConfig
+from embedding.vit import ViT
+from embedding.vit_config import ViTConfig
 
 REPO = Path(__file__).parents[2]
 VIT = ViTConfig(width=32, depth=2, heads=2, patch_size=8, layer_scale=0.5)

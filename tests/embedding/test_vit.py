@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from embedding.vit import ViT, ViTConfig, resize_positions, rope_tables, rotate
+from embedding.vit import ViT, resize_positions, rope_tables, rotate
+from embedding.vit_config import ViTConfig
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "patch_size": 4, "layer_scale": 0.5}
 V2 = {"n_registers": 0, "position": "learned", "key_bias": True, "patch_size": 14, "image_size": 518, "norm_eps": 1e-6}

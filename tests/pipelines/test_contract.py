@@ -22,7 +22,7 @@ from curation.store import Location
 from pipelines.engine import look_outside, prepare, run_recipe
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import STEP, Recipe
-from pipelines.stage import Output
+from pipelines.stage import FOUND, Output
 from pipelines.stages.table import STAGES
 
 STEPS = sorted(STEP_OF_STAGE.values())
@@ -175,7 +175,7 @@ OTHER = {
     "train.image_size": 64,
     "train.local_size": 8,
     "train.patch_size": 4,
-    "train.init_gain": 1.0,
+    "train.init_gain": None,
     "train.layer_scale": None,
     "train.rope_rescale": 2.0,
     "train.centering": "softmax",
@@ -253,7 +253,7 @@ def test_every_config_field_is_read(tiny, tmp_path, step):
         found = stage.look(config)[1] if stage.look else None
         executor = LocalExecutor(Resources(loader_workers=0))
         out = Output(Location(str(tmp_path / str(i))), executor)
-        stage.run(config, {**inputs, "found": found}, out, executor)
+        stage.run(config, {**inputs, FOUND: found}, out, executor)
     assert {field.name for field in fields(entry.config)} - seen == set()
 
 

@@ -220,8 +220,14 @@ def test_the_command_line_says_one_sentence_a_hint_and_an_exit_code(tiny, tmp_pa
         (["run", "none.yaml", "--root", "out"], "error: no recipe none.yaml"),
         (["run", str(recipe), "--root", "out", "--until", "x"], "error: --until must name a step"),
         (["run", str(recipe), "--root", "out", "--executor", "dask"], "error: --executor must be serial or ray"),
-        (["run", str(recipe), "--root", "out", "--executor", "ray", "--address", "127.0.0.1:1"], "no Ray cluster answers"),
-        (["run", str(recipe), "--root", "out", "--executor", "ray", "--address", "auto"], "must be host:port: got 'auto'"),
+        (
+            ["run", str(recipe), "--root", "out", "--executor", "ray", "--address", "127.0.0.1:1"],
+            "no Ray cluster answers",
+        ),
+        (
+            ["run", str(recipe), "--root", "out", "--executor", "ray", "--address", "auto"],
+            "must be host:port: got 'auto'",
+        ),
         (["status", "nowhere"], "must be the root of a run"),
         (["walk"], "error: No such command 'walk'"),
         (["run", str(recipe), "--root", "gs://bucket/x"], "error: a location must be a path or s3://bucket/key"),

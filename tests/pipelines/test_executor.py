@@ -1,4 +1,4 @@
-"""Both executors keep one contract: order, the same tree of sums, failures with the item's name, lost workers replaced."""
+"""Both executors keep one contract: order, one tree of sums, failures by item, lost workers replaced."""
 
 import os
 import signal

@@ -59,7 +59,8 @@ def answer(process: Any, connection: Any) -> Any:
 
 TRAIN = {
     "width": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "local_size": 16, "n_local": 2,
-    "n_prototypes": 64, "head_hidden": 32, "head_bottleneck": 16, "n_steps": 6, "warmup_steps": 1, "batch": 16,
+    "init_gain": 1.0, "n_prototypes": 64, "head_hidden": 32, "head_bottleneck": 16, "n_steps": 6, "warmup_steps": 1,
+    "batch": 16,
 }  # fmt: skip
 
 
