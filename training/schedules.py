@@ -5,8 +5,6 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import nn
 
 
 def warmup_cosine(n_steps: int, warmup: int, peak: float, end: float, *, start: float = 0.0) -> np.ndarray:
@@ -66,17 +64,6 @@ def sqrt_scaled_lr(base: float, batch: int, factor: float = 1.0) -> float:
     the effective rate.
     """
     return factor * base * math.sqrt(batch / 1024)
-
-
-@torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter, in place.
-
-    Momentum 1 changes no bit, 0 copies. The modules must have the same parameters in the same order (ValueError
-    otherwise); buffers are left alone.
-    """
-    for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
-        ours.lerp_(theirs.to(ours.dtype), 1 - momentum)
 
 
 @dataclass(frozen=True)

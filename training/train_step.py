@@ -15,7 +15,7 @@ from training.augment import normalise
 from training.config import TrainConfig
 from training.heads import DinoHead
 from training.losses import centred_softmax, dino_loss, entropy, next_centre, sinkhorn_knopp, usage_perplexity
-from training.schedules import ParamRule, backbone_rule, ema_update, head_rule
+from training.schedules import ParamRule, backbone_rule, head_rule
 
 
 class Encoder(nn.Module):
@@ -124,6 +124,17 @@ def make_optimizer(student: Encoder, config: TrainConfig) -> torch.optim.AdamW:
         for rule, names in by_rule.items()
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter, in place.
+
+    Momentum 1 changes no bit, 0 copies. The modules must have the same parameters in the same order (ValueError
+    otherwise); buffers are left alone.
+    """
+    for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+        ours.lerp_(theirs.to(ours.dtype), 1 - momentum)
 
 
 def train_step(

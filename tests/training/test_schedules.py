@@ -4,13 +4,13 @@ import torch
 
 from training.schedules import (
     backbone_rule,
-    ema_update,
     head_rule,
     sqrt_scaled_lr,
     warmup_constant_cooldown,
     warmup_cosine,
     warmup_cosine_constant,
 )
+from training.train_step import ema_update
 
 
 def test_old_style_golden():
