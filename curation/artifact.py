@@ -146,7 +146,7 @@ def write_table(location: Location, table: pa.Table, counts: Counts | None = Non
     schema_metadata = {**(table.schema.metadata or {}), METADATA_KEY: json.dumps(counts or {}).encode()}
     with location.side_file() as side:
         pq.write_table(
-            table.combine_chunks().replace_schema_metadata(schema_metadata),
+            table.replace_schema_metadata(schema_metadata),
             side,
             compression="zstd" if compress else "none",
             use_dictionary=compress,

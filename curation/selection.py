@@ -54,7 +54,7 @@ def selected_rows(pool: Artifact, selection: Artifact | None, part: int) -> Sele
 def rows_among(rows: np.ndarray, covered: np.ndarray, name: str) -> np.ndarray:
     """int64 (n,): where each of ``rows`` stands in the ascending ``covered``. Raises ValueError if one is missing."""
     at = np.searchsorted(covered, rows)
-    missing = (at == len(covered)) | (covered[np.minimum(at, len(covered) - 1)] != rows) if len(covered) else rows >= 0
+    missing = covered[np.minimum(at, len(covered) - 1)] != rows if len(covered) else np.ones(len(rows), bool)
     if missing.any():
         raise ValueError(
             f"{name} must cover every row that is asked for: {missing.sum()} of {len(rows)} are missing, "

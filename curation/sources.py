@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.store import Entry, Location
+from curation.store import Entry, Location, RangeFile
 
 # Files that stand beside images and never are one; they are counted as ignored.
 METADATA_SUFFIXES = frozenset(
@@ -256,13 +256,13 @@ def _utf8(text: str) -> str:
 
 @contextmanager
 def _open_parquet(location: Location) -> Iterator[pq.ParquetFile]:
-    with location.local_copy() as path:
-        try:
-            file = pq.ParquetFile(path)
-        except pa.ArrowInvalid as e:
-            raise ValueError(f"{location} must be a Parquet file: {e}") from e
-        with file:
-            yield file
+    """Footer and row groups are read where they are: a unit is a few of them, and fetches no more from S3."""
+    try:
+        file = pq.ParquetFile(location.path if location.is_local else pa.PythonFile(RangeFile(location), mode="r"))
+    except pa.ArrowInvalid as e:
+        raise ValueError(f"{location} must be a Parquet file: {e}") from e
+    with file:
+        yield file
 
 
 def _read_row_groups(file: pq.ParquetFile, unit: Unit, image_column: str, label_column: str) -> Iterator[Record]:

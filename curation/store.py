@@ -6,6 +6,7 @@ credentials come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID
 """
 
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -225,6 +226,38 @@ class Location:
         if self.is_local and self.path.is_dir():
             for side in self.path.rglob(f"{SIDE_PREFIX}*"):
                 side.unlink(missing_ok=True)
+
+
+class RangeFile(io.RawIOBase):
+    """A file to read from at any place, for formats that say where things are; each read is one request on S3."""
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._size, self._at = location.entry().size, 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Go to an offset from the start, from here, or from the end."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Where the next read starts."""
+        return self._at
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next ``size`` bytes, fewer at the end."""
+        left = max(self._size - self._at, 0)
+        data = self._location.read(self._at, left if size is None or size < 0 else min(size, left))
+        self._at += len(data)
+        return data
 
 
 @lru_cache(maxsize=1)

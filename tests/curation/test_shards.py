@@ -112,6 +112,7 @@ def test_the_json_says_where_an_image_came_from():
     }  # fmt: skip
     assert "metadata" not in json.loads(sample_json(ROW))
     assert sample_json(ROW) == sample_json(dict(reversed(ROW.items())))
+    assert list(said) == sorted(said)
 
 
 @pytest.mark.parametrize("seed", range(30))

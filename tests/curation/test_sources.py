@@ -192,13 +192,14 @@ def test_side_files_of_a_key_go_to_all_its_images(tmp_path):
                 ("a.json", json.dumps(note).encode()), ("a.jpg", b"1"), ("a.seg.png", b"2"), ("a.txt", b"from text"),
                 ("b.jpg", b"3"), ("b.json", json.dumps(note).encode()), ("c.jpg", b"4"), ("c.cls", b" 12\n"),
                 ("d.jpg", b"5"), ("e.txt", b"nobody's"), ("f.jpg", b"6"), ("f.json", b'{"text": "t", "label": 3}'),
-                ("f.cls", b"x"), ("a.jpg", b"7"),
+                ("f.cls", b"x"), ("a.jpg", b"7"), ("g.JPG", b"8"), ("g.JSON", b'{"label": "upper"}'),
             ]
         ),
     )  # fmt: skip
     assert [(r.data, r.label, r.caption) for r in records] == [
         (b"1", "cat", "from text"), (b"2", "cat", "from text"), (b"3", "cat", "from json"), (b"4", "12", None),
         (b"5", None, None), (b"6", "3", "t"), (b"7", None, None),
+        (b"8", "upper", None),
     ]  # fmt: skip
     assert json.loads(records[0].metadata) == note and records[3].metadata is None
 
@@ -265,6 +266,15 @@ def test_a_sparse_member_is_a_bad_record_and_what_follows_is_read(tmp_path):
         ("s.jpg", None, "a sparse member of a tar"),
         ("b.jpg", b"2", ""),
     ]
+
+
+def test_a_spoilt_sparse_map_ends_a_tar(tmp_path):
+    """tarfile lets the ValueError of its parser pass."""
+    info = tarfile.TarInfo("s.jpg")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "s.jpg"}
+    records = scan_tar(tmp_path, make_tar([("a.jpg", b"1"), (info, b"x" * 2000), ("b.jpg", b"2")]))
+    assert [r.data for r in records] == [b"1", None]
+    assert records[1].detail.startswith("tar breaks off after 1 members: ")
 
 
 def test_an_empty_tar_has_no_records_and_an_empty_file_is_no_tar(tmp_path):
@@ -497,6 +507,23 @@ def test_an_image_that_has_changed_is_named(place):
     (place / "a.jpg").delete()
     with pytest.raises(FileNotFoundError):
         list(read_images(place, table.slice(0, 1)))
+
+
+def test_a_run_of_row_groups_fetches_no_more_than_it_needs(on_s3, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = [{"image": rng.bytes(20_000)} for _ in range(40)]
+    (on_s3 / "a.parquet").write(make_parquet(rows, 4))
+    real, asked = Location.read, []
+    monkeypatch.setattr(Location, "read", lambda self, *a: asked.append(len(d := real(self, *a))) or d)
+    units = split_parquet(Unit("parquet", ("a.parquet",)), on_s3, 8)
+    assert len(units) == 5 and sum(asked) < 200_000  # the footer, out of 800,000 bytes
+    asked.clear()
+    records = list(read_unit(on_s3, units[2], "image", "label"))
+    assert [r.data for r in records] == [row["image"] for row in rows[16:24]]
+    assert sum(asked) < 400_000
+    asked.clear()
+    assert list(read_images(on_s3, pool_rows(records[:1]))) == [rows[16]["image"]]
+    assert sum(asked) < 300_000
 
 
 def test_ranges_that_nearly_touch_are_one_request_of_bounded_size(on_s3, monkeypatch):

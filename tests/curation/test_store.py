@@ -1,13 +1,15 @@
 import hashlib
+import io
 import os
 import pickle
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from curation import store
-from curation.store import SIDE_PREFIX, Conflict, Entry, Location, client, file_sha256
+from curation.store import SIDE_PREFIX, Conflict, Entry, Location, RangeFile, client, file_sha256
 
 NAMES = ["a.txt", "b/c d.txt", "b/[x](1) {y}*?.txt", "é/日本 🐟.jpg", "p#q%20&r=s+t.tar", "b/deep/er/x", "'quo\"te's;"]
 
@@ -35,6 +37,22 @@ def test_ranges_are_slices(place):
         assert (place / "x").read(offset, length) == expected
     (place / "empty").write(b"")
     assert (place / "empty").read() == (place / "empty").read(0, 10) == b""
+
+
+def test_a_range_file_is_a_file(place):
+    data = bytes(range(200))
+    (place / "x").write(data)
+    file, oracle = RangeFile(place / "x"), io.BytesIO(data)
+    assert file.readable() and file.seekable() and not file.writable()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        whence = int(rng.integers(0, 3))
+        offset = int(rng.integers(0, 250)) if whence == 0 else int(rng.integers(0, 60)) * (1 if whence == 1 else -1)
+        assert file.seek(offset, whence) == oracle.seek(offset, whence) == file.tell()
+        size = int(rng.integers(-1, 90))
+        assert file.read(size) == oracle.read(size) and file.tell() == oracle.tell()
+    with pytest.raises(FileNotFoundError):
+        RangeFile(place / "none")
 
 
 def test_a_listing_is_sorted_with_sizes_and_stamps(place):
