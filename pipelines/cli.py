@@ -5,6 +5,7 @@ mend, 1 for a run that failed.
 """
 
 import json
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from pipelines.recipe import Recipe, read_recipe
 from pipelines.stages.table import STAGES
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C, which typer returns
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The recipe to run.")]
 Root = Annotated[str | None, typer.Option(help="Where artifacts go: a folder or s3://bucket/prefix.")]
@@ -160,20 +163,24 @@ def results_table(results: Iterable[StepResult]) -> Table:
 
 def main() -> None:
     """The entry point: errors become one sentence, an empty line, a hint, and an exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is an interrupt like Ctrl-C
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt
     except UserError as e:
         stop(f"error: {e.message}", e.hint, 2)
     except typer.TyperException as e:  # a wrong option or command
         stop(f"error: {e.format_message().splitlines()[0]}", "openlvd --help lists commands and options", 2)
-    except typer.Abort:
-        stop("interrupted", "finished parts are kept; the same command goes on with the rest", 1)
-    except KeyboardInterrupt:
-        stop("interrupted", "finished parts are kept; the same command goes on with the rest", 1)
+    except (typer.Abort, KeyboardInterrupt):
+        stop("interrupted", "finished parts are kept; the same command goes on with the rest", INTERRUPTED)
     except TaskError as e:
         stop(f"error: {e}", "finished parts are kept; the same command goes on with the rest", 1)
     except ValueError as e:  # a location or an artifact that is not what it should be
         stop(f"error: {e}", "check the path", 2)
+    except ImportError as e:
+        stop(f"error: {e}", "install it: pip install 'openlvd[cpu,hf]', or [gpu,hf] beside a GPU", 2)
+    except OSError as e:
+        stop(f"error: {e}", "finished parts are kept; the same command goes on with the rest", 1)
 
 
 def stop(message: str, hint: str, code: int) -> None:

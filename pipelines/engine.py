@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curation.artifact import Artifact, Counts, finish
+from curation.artifact import Artifact, Counts, finish, pool_of
 from curation.store import Entry, Location
 from pipelines.errors import TaskError, UserError
 from pipelines.executor import LocalExecutor, RayExecutor
@@ -81,16 +81,41 @@ def prepare(step: Step, done: Mapping[str, Artifact], root: Location, outside: M
     inputs = {name: done[source] for name, source in step.inputs.items()}
     entries, found = outside.get(step.name, (None, None))
     found_digest = None if entries is None else content_id([list(entry) for entry in entries])
-    config = {k: v for k, v in config_values(step.config).items() if k not in stage.locations}
+    check_one_pool(step, inputs)
+    listed = set(stage.locations) | (set(stage.step_or_value) if entries is not None else set())
     identity = {
         "stage": step.stage,
         "version": stage.version,
-        "config": config,
+        # what was listed outside is known by its content, so where it lies does not count
+        "config": {k: v for k, v in config_values(step.config).items() if k not in listed},
         "inputs": {name: artifact.digest for name, artifact in inputs.items()},
+        "through": {path: reached(inputs, path).digest for path in stage.through},
         "found": found_digest,
     }
     fingerprint = content_id(identity)[:16]
     return Prepared(step, stage, inputs, found, found_digest, fingerprint, root / step.name / fingerprint)
+
+
+def reached(inputs: Mapping[str, Artifact], path: str) -> Artifact:
+    """The input of an input, such as ``neighbors.embeddings``."""
+    first, *rest = path.split(".")
+    artifact = inputs[first]
+    for name in rest:
+        artifact = artifact.input(name)
+    return artifact
+
+
+def check_one_pool(step: Step, inputs: Mapping[str, Artifact]) -> None:
+    """Rows of a selection are rows of one pool. Raises UserError when the other inputs are of another."""
+    if "selection" not in inputs:
+        return
+    other = "pool" if "pool" in inputs else "embeddings"
+    if pool_of(inputs["selection"]).digest != pool_of(inputs[other]).digest:
+        raise UserError(
+            f"{step.name}.selection must select from the pool of {step.name}.{other}: "
+            f"{step.inputs['selection']} selects from another than {step.inputs[other]}",
+            "a selection means rows of the pool it was made from",
+        )
 
 
 def look_outside(steps: Sequence[Step]) -> dict[str, Look]:
@@ -111,15 +136,17 @@ def look_outside(steps: Sequence[Step]) -> dict[str, Look]:
 
 def run_step(prepared: Prepared, root: Location, executor: LocalExecutor | RayExecutor) -> Counts:
     """Make what is missing of a step and finish it with its manifest."""
-    prepared.location.sweep()
+    keep_if_alike(prepared.location, executor.resources.mixed_machines)
     out = Output(prepared.location, executor)
     started = time.time()
     inputs = {**prepared.inputs, FOUND: prepared.found}
     try:
         counts = prepared.stage.run(prepared.step.config, inputs, out, executor)
     except UserError as e:
+        log_run(prepared.location, {"failed": e.message})
         raise UserError(f"step {prepared.step.name}: {e.message}", e.hint) from e
     except TaskError as e:
+        log_run(prepared.location, {"failed": str(e)})
         raise TaskError(f"step {prepared.step.name} failed {e}") from e
     head = {
         "stage": prepared.step.stage,
@@ -139,6 +166,16 @@ def run_step(prepared: Prepared, root: Location, executor: LocalExecutor | RayEx
     log_run(prepared.location, {"seconds": round(time.time() - started, 3), "counts": counts})
     finish(prepared.location, out.files, head)
     return counts
+
+
+def keep_if_alike(location: Location, mixed_machines: bool) -> None:
+    """Parts that an interrupted run left are kept if it had this machine's numerics: one step, one kind of bits."""
+    tag = location / SCRATCH / "numerics.json"
+    mine = json.dumps(numerics(), sort_keys=True).encode()
+    if location.is_folder() and not mixed_machines and not (tag.exists() and tag.read() == mine):
+        location.delete()
+    location.sweep()
+    tag.write(mine)
 
 
 def drop_scratch(artifact: Artifact) -> None:
@@ -164,8 +201,8 @@ def log_run(location: Location, event: Mapping[str, Any]) -> None:
 def last_seconds(artifact: Artifact) -> float:
     """How long the last attempt at a step took, in seconds."""
     log = artifact.location / LOG_FILE
-    lines = log.read().splitlines() if log.exists() else []
-    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
+    events = [json.loads(line) for line in log.read().splitlines()] if log.exists() else []
+    return next((float(event["seconds"]) for event in reversed(events) if "seconds" in event), 0.0)
 
 
 def run_recipe(
@@ -185,6 +222,7 @@ def run_recipe(
     outside = look_outside(steps)
     with lock_root(root, say):
         done: dict[str, Artifact] = {}
+        note_run(root, recipe, done)
         for step in steps:
             prepared = prepare(step, done, root, outside)
             artifact = prepared.artifact()

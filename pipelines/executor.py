@@ -5,14 +5,17 @@ out, so an item of a lost worker is simply given to another. Results are consume
 """
 
 import os
+import signal
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 from curation.execute import Ref, SerialExecutor, fold
+from curation.store import Location
 from pipelines.errors import TaskError, UserError
 from pipelines.numerics import numerics_hash, one_math_thread
 
@@ -99,9 +102,28 @@ def task_error(item: Any, cause: BaseException) -> TaskError:
 
 
 def short(item: Any) -> str:
-    """An item in at most 120 characters."""
-    text = repr(item)
+    """An item in at most 120 characters: its number, if it is a part or starts with one."""
+    first = item[0] if isinstance(item, tuple) and item else item
+    if isinstance(first, int):
+        return f"part {first}"
+    text = str(item) if isinstance(item, Location) else repr(item)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C until the block has ended: an exception in the middle of Ray's start crashes the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def check_address(address: str) -> None:
@@ -144,19 +166,22 @@ def _prepare(tag: str, mixed: bool) -> None:
 def _call(fn: Callable[..., Any], item: Any, setup: tuple[str, bool], names: tuple[str, ...], *values: Any) -> Any:
     """One task: ``fn(item, **shared)``. Shared values come as arguments, so Ray resolves their references."""
     _prepare(*setup)
-    return fn(item, **dict(zip(names, values, strict=True)))
+    try:
+        return fn(item, **dict(zip(names, values, strict=True)))
+    except WORK_ERRORS as e:
+        raise task_error(item, e) from e  # here, where the item is known
 
 
-def _merge(merge: Callable[[Any, Any], Any], *results: Any) -> Any:
-    """One node of a reduction."""
-    return fold(results, merge)
+def _merge(merge: Callable[[Any, Any], Any], *results: Any) -> tuple[None, Any]:
+    """One node of a reduction: nothing, which can be asked for without moving the value, and the value."""
+    return None, fold(results, merge)
 
 
 class _Worker:
     """An actor that holds what a step has loaded. It outlives the step: a process that has torch is worth keeping."""
 
     def __init__(self, setup: tuple[str, bool]) -> None:
-        _prepare(*setup)
+        self.setup = setup
         self.make: Callable[[], Callable[[Any], Any]] | None = None
         self.work: Callable[[Any], Any] | None = None
 
@@ -164,10 +189,14 @@ class _Worker:
         self.make, self.work = make, None  # made with the first item, so that a failure has somewhere to be told
 
     def do(self, item: Any) -> Any:
-        if self.work is None:
-            assert self.make is not None, "load comes before do"
-            self.work = self.make()
-        return self.work(item)
+        try:
+            if self.work is None:
+                _prepare(*self.setup)
+                assert self.make is not None, "load comes before do"
+                self.work = self.make()
+            return self.work(item)
+        except WORK_ERRORS as e:
+            raise task_error(item, e) from e
 
 
 class RayExecutor:
@@ -184,18 +213,19 @@ class RayExecutor:
         local = address == "local"
         if not local:
             check_address(address)
-        ray.init(
-            address=address,  # always said: without it Ray joins whatever cluster it finds
-            num_cpus=(resources.workers or os.cpu_count()) if local else None,
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        with interrupts_held():
+            ray.init(
+                address=address,  # always said: without it Ray joins whatever cluster it finds
+                num_cpus=(resources.workers or os.cpu_count()) if local else None,
+                include_dashboard=False if local else None,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
         self.n_workers = resources.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._setup = (numerics_hash(), resources.mixed_machines)
         self._pools: dict[float, _Pool] = {}
         self._task = ray.remote(num_cpus=1, max_retries=MAX_TRIES)(_call)
-        self._merge = ray.remote(num_cpus=1, max_retries=MAX_TRIES)(_merge)
+        self._merge = ray.remote(num_cpus=1, max_retries=MAX_TRIES, num_returns=2)(_merge)
 
     def close(self) -> None:
         """Leave the cluster; a local one ends."""
@@ -242,7 +272,7 @@ class RayExecutor:
         if gpus not in self._pools:
             self._pools[gpus] = _Pool(self._setup, gpus)
         pool = self._pools[gpus]
-        pool.load(make, min(self.n_workers, len(items)))
+        pool.load(make, min(self._most_workers(gpus), len(items)))
         try:
             for done, result in enumerate(pool.run(items), 1):
                 self.progress(done, len(items))
@@ -251,6 +281,20 @@ class RayExecutor:
         finally:
             if pool.is_busy():  # something failed, or nobody wants the rest
                 self._pools.pop(gpus).close()
+
+    def _most_workers(self, gpus: float) -> int:
+        """How many workers can be placed at a time. Raises UserError when it is none."""
+        import ray
+
+        if not gpus:
+            return self.n_workers
+        there = ray.cluster_resources().get("GPU", 0)
+        if there < gpus:
+            raise UserError(
+                f"resources.gpus must be at most the cluster's: got {gpus:g}, it has {there:g}",
+                "set resources.gpus: 0 to work on CPUs",
+            )
+        return min(self.n_workers, int(there / gpus))
 
     def reduce(
         self,
@@ -265,18 +309,28 @@ class RayExecutor:
             raise ValueError("reduce needs at least one item: got none")
         names, values = self._shared(shared)
         folded: list[Any] = []
-        running: deque[tuple[Item, Any]] = deque()
+        running: deque[tuple[int, Any]] = deque()  # leaves done when a group is, and what tells it
         for start in range(0, len(items), fan_in):
             group = items[start : start + fan_in]
             leaves = [self._task.remote(fn, item, self._setup, names, *values) for item in group]
-            folded.append(self._merge.remote(merge, *leaves))
-            running.append((group[0], folded[-1]))
+            told, value = self._merge.remote(merge, *leaves)
+            folded.append(value)
+            running.append((start + len(group), told))
             if len(running) * fan_in >= IN_FLIGHT * self.n_workers + fan_in:
-                _wait(*running.popleft())
+                self._finish_group(running, len(items))
+        while running:
+            self._finish_group(running, len(items))
         while len(folded) > 1:
-            folded = [self._merge.remote(merge, *folded[i : i + fan_in]) for i in range(0, len(folded), fan_in)]
-        _wait(items[0], folded[0])
+            nodes = [self._merge.remote(merge, *folded[i : i + fan_in]) for i in range(0, len(folded), fan_in)]
+            for told, _ in nodes:
+                _get("the merging of results", told)
+            folded = [value for _, value in nodes]
         return RemoteRef(folded[0])
+
+    def _finish_group(self, running: deque[tuple[int, Any]], total: int) -> None:
+        done, told = running.popleft()
+        _get("the merging of results", told)
+        self.progress(done, total)
 
 
 def _get(item: Any, ref: Any) -> Any:
@@ -291,20 +345,13 @@ def _get(item: Any, ref: Any) -> Any:
             raise cause from e
         raise task_error(item, cause) from e
     except ray.exceptions.RayError as e:
-        raise task_error(item, e) from e
+        raise lost(item, e) from e
 
 
-def _wait(item: Any, ref: Any) -> None:
-    """Wait until a task is done without fetching its value; raise what it raised."""
-    import ray
-
-    ray.wait([ref], fetch_local=False)
-    probe = ray.remote(num_cpus=0)(_nothing)
-    _get(item, probe.remote(ref))
-
-
-def _nothing(value: Any) -> None:
-    """Fails exactly when its argument could not be made."""
+def lost(item: Any, cause: BaseException) -> TaskError:
+    """The sentence for a worker that died under an item; of Ray's many lines the first."""
+    words = str(cause).strip().splitlines() or ["it died"]
+    return TaskError(f"at {short(item)}: its worker was lost {MAX_TRIES} times (out of memory?): {words[0]}")
 
 
 def _cancel(refs: list[Any]) -> None:
@@ -371,7 +418,7 @@ class _Pool:
                 ready[i] = _get_or_lost(items[i], ref)
             except ray.exceptions.RayActorError as e:
                 if tries[i] >= MAX_TRIES:
-                    raise task_error(items[i], e) from e
+                    raise lost(items[i], e) from e
                 self._replace(actor, todo)
                 todo.appendleft(i)
             while n_next in ready:

@@ -1,4 +1,4 @@
-"""What the bits of a result depend on besides recipe, data and seed: package versions, BLAS core, device."""
+"""What the bits of a result on CPUs depend on besides recipe, data and seed: versions, BLAS core, SIMD."""
 
 import hashlib
 import json
@@ -7,12 +7,14 @@ import platform
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("numpy", "scipy", "torch", "faiss-cpu", "faiss-gpu", "pyarrow", "pillow", "numba", "duckdb", "scikit-learn")
+PACKAGES = ("numpy", "scipy", "torch", "faiss-cpu", "faiss-gpu", "pyarrow", "pillow", "numba", "duckdb",
+            "scikit-learn", "transformers", "safetensors")  # fmt: skip
 
 
 @lru_cache(maxsize=1)
 def numerics() -> dict[str, str]:
-    """The tag of this machine. Steps write it; a worker with another one is refused."""
+    """The tag of this machine. Steps write it; a worker with another one is refused. A GPU is not in it: what it
+    computes is the same within a tolerance only, and a driver may have none."""
     from threadpoolctl import threadpool_info
 
     tag = {"python": platform.python_version(), "machine": platform.machine()}
@@ -21,12 +23,11 @@ def numerics() -> dict[str, str]:
             tag[package] = version(package)
         except PackageNotFoundError:
             continue
-    import torch  # and with it numpy, whose BLAS can now be asked for its core type
+    import numpy
 
-    tag["torch_simd"] = torch.backends.cpu.get_cpu_capability()
+    tag["simd"] = ",".join(numpy.show_config(mode="dicts")["SIMD Extensions"]["found"])
     cores = {str(lib.get("architecture")) for lib in threadpool_info() if lib.get("user_api") == "blas"}
     tag["blas"] = ",".join(sorted(cores))
-    tag["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return tag
 
 

@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+SAY_EVERY_S = 30  # between lines about a running step where there is no terminal
+
 
 class StepProgress:
     """Shows the step that is running: items done, rate, time left. Use as a context manager."""
@@ -55,11 +57,16 @@ class StepProgress:
         if self._task is not None:
             self._bar.remove_task(self._task)
         task = self._task = self._bar.add_task(f"{name} ({stage})", total=None, rate="")
-        started = time.monotonic()
+        started = said = time.monotonic()
 
         def update(done: int, total: int) -> None:
-            rate = done / max(time.monotonic() - started, 1e-6)
+            nonlocal said
+            now = time.monotonic()
+            rate = done / max(now - started, 1e-6)
             self._bar.update(task, completed=done, total=total, rate=f"{rate:.3g}/s")
+            if self._bar.disable and now - said > SAY_EVERY_S:
+                said = now
+                self.say(f"{name} ({stage}) {done:,} of {total:,}, {rate:.3g}/s, {(total - done) / rate:.0f} s left")
 
         return update
 

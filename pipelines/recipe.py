@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -46,6 +47,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping_without_doubles(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key) for key, _ in node.value if key.value != "<<"]
     for i, key in enumerate(keys):
+        if isinstance(key, list | dict):
+            raise UserError(f"a key must be a word: got {key!r}{node.start_mark}", "write name: value")
         if key in keys[:i]:
             raise UserError(f"a key must stand once: got {key!r} twice{node.start_mark}", "rename one of the two")
     loader.flatten_mapping(node)  # "<<: *name" stands for the keys of another mapping; its own keys win
@@ -84,19 +87,30 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not equals or len(keys) > 2 or not all(keys):
         raise UserError(f"--set must be step.key=value: got {override!r}", "for example --set balanced.target=400")
-    value = yaml.safe_load(text)
+    value = parse_value(override, text)
     if len(keys) == 1:
         tree[keys[0]] = value
         return
     name, key = keys
+    owners = tree.get("steps") or {}
     if name == "resources":
-        owner = tree.setdefault("resources", {})
-    else:
-        steps = tree.get("steps") or {}
-        if name not in steps:
-            raise UserError(f"--set names step {name!r}, which is not in the recipe", did_you_mean(name, steps))
-        owner = steps[name]
-    owner[key] = value
+        owners = tree
+        tree["resources"] = tree.get("resources") or {}
+    if not isinstance(owners, dict) or name not in owners:
+        raise UserError(f"--set names step {name!r}, which is not in the recipe", did_you_mean(name, owners))
+    if not isinstance(owners[name], dict):
+        raise UserError(f"{name} must be a mapping: got {owners[name]!r}", f"write {name}: {{stage: ...}}")
+    owners[name][key] = value
+
+
+def parse_value(override: str, text: str) -> Any:
+    """The YAML value of an override. Raises UserError."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise UserError(
+            f"--set needs a YAML value: got {override!r}", "put text with brackets or colons in quotes"
+        ) from e
 
 
 def parse_recipe(tree: Mapping[str, Any], stages: Mapping[str, Stage]) -> Recipe:
@@ -126,13 +140,14 @@ def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[s
         raise UserError(f"{name} must be a mapping with a stage: got {entry!r}", f"stages are {', '.join(stages)}")
     values = dict(entry)
     kind = values.pop("stage")
-    if kind not in stages:
+    if not isinstance(kind, str) or kind not in stages:
         raise UserError(f"{name}.stage must be a known stage: got {kind!r}", did_you_mean(str(kind), stages))
     stage = stages[kind]
     inputs: dict[str, str] = {}
     for key, kinds in {**stage.reads, **stage.optional, **stage.step_or_value}.items():
         value = values.get(key)
         if key in stage.step_or_value and value not in [step.name for step in earlier]:
+            check_backbone(f"{name}.{key}", value, [step.name for step in earlier if step.stage in kinds])
             continue
         values.pop(key, None)
         if value is not None:
@@ -146,6 +161,16 @@ def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[s
     if "seed" in {field.name for field in fields(stage.config)}:
         values.setdefault("seed", seed)
     return Step(name, kind, structure(stage.config, values, name), inputs)
+
+
+def check_backbone(key: str, value: Any, trained: Sequence[str]) -> None:
+    """What names no earlier step must be a model: a typing mistake is not looked up on the internet."""
+    known = ["pixels", *trained]
+    if isinstance(value, str) and value and value not in known and "/" not in value and not Path(value).is_dir():
+        raise UserError(
+            f"{key} must be pixels, an earlier train step, a folder or owner/name on the Hugging Face hub: got {value!r}",
+            did_you_mean(value, known),
+        )
 
 
 def find_input(key: str, value: Any, kinds: Sequence[str], earlier: Sequence[Step]) -> str:

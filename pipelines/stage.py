@@ -29,6 +29,7 @@ class Stage:
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # input -> the stages it may come from
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs that may be left out
     step_or_value: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a step, or else a value of the config
+    through: tuple[str, ...] = ()  # inputs of inputs that it reads too, such as "embeddings.pool"
     reads_all: bool = False  # every earlier step is an input, under its own name
     locations: tuple[str, ...] = ()  # config fields that say where, not what: kept out of the fingerprint
     look: Callable[[Any], tuple[Sequence[Entry] | None, Any]] | None = None  # what is found outside, and ``found``

@@ -70,5 +70,6 @@ STAGE = Stage(
     config=DecontaminateConfig,
     run=run,
     reads={"embeddings": ("embed",), "reference": ("embed",)},
+    through=("embeddings.pool", "reference.pool"),
     optional={"selection": ("select", "dedup", "decontaminate", "sample")},
 )

@@ -17,6 +17,7 @@ from curation.store import Location
 from pipelines.errors import UserError
 from pipelines.stage import Inputs, Output, Stage, part_span
 
+Touched = tuple[np.ndarray, np.ndarray]  # rows with an edge, ascending, and the smallest row of their component
 Span = tuple[int, int, int]  # part, position of its first row in the pool, rows
 
 
@@ -34,10 +35,11 @@ def run(config: DedupConfig, inputs: Inputs, out: Output, executor: Executor) ->
     embeddings, pool = near.input("embeddings"), pool_of(near)
     spans = part_span(pool)
     forest = executor.reduce(partial(forest_of_part, near=near), spans, merge_forests)
+    touched = on_worker(executor, members, {"forest": forest})
     best = executor.reduce(
-        partial(best_of_part, pool=pool, keep=config.keep), spans, merge_best, shared={"forest": forest}
+        partial(best_of_part, pool=pool, keep=config.keep), spans, merge_best, shared={"touched": touched}
     )
-    components = on_worker(executor, join, {"forest": forest, "best": best})
+    components = on_worker(executor, join, {"touched": touched, "best": best})
     names = [[part_name(index)] for index, _, _ in spans]
     write = partial(write_part, near=near, embeddings=embeddings, out=out.location)
     out.make(write, spans, names, shared={"components": components})
@@ -53,7 +55,7 @@ def forest_of_part(span: Span, near: Artifact) -> np.ndarray:
     return part_forest(np.stack([edges["row"].to_numpy() + np.int64(start), edges["near_row"].to_numpy()], axis=1))
 
 
-def members(forest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def members(forest: np.ndarray) -> Touched:
     """(row_id, component) of every row that has an edge, ascending: the roots stand for themselves."""
     roots = np.unique(forest[:, 1])
     row_id = np.concatenate([roots, forest[:, 0]])
@@ -62,10 +64,10 @@ def members(forest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return row_id[order], component[order]
 
 
-def best_of_part(span: Span, pool: Artifact, keep: str, forest: np.ndarray) -> Best:
+def best_of_part(span: Span, pool: Artifact, keep: str, touched: Touched) -> Best:
     """The best row of each component among a part's rows."""
     index, start, n_rows = span
-    row_id, component = members(forest)
+    row_id, component = touched
     begin, end = np.searchsorted(row_id, [start, start + n_rows])
     mine = row_id[begin:end]
     if keep == "first" or not len(mine):
@@ -75,9 +77,9 @@ def best_of_part(span: Span, pool: Artifact, keep: str, forest: np.ndarray) -> B
     return best_rows(component[begin:end], pixels[mine - start], mine)
 
 
-def join(forest: np.ndarray, best: Best) -> Components:
+def join(touched: Touched, best: Best) -> Components:
     """Every row with an edge beside its representative."""
-    row_id, component = members(forest)
+    row_id, component = touched
     return Components(row_id, component, best.row_id[np.searchsorted(best.component, component)])
 
 
@@ -124,4 +126,10 @@ def check_drop(most: float, counts: Counts, seen: Artifact, names: Sequence[str]
     )
 
 
-STAGE = Stage(version=1, config=DedupConfig, run=run, reads={"neighbors": ("neighbors",)})
+STAGE = Stage(
+    version=1,
+    config=DedupConfig,
+    run=run,
+    reads={"neighbors": ("neighbors",)},
+    through=("neighbors.embeddings", "neighbors.embeddings.pool"),
+)

@@ -66,4 +66,6 @@ def edges_of_part(
     return write_table(out / part_name(index), table, counts)
 
 
-STAGE = Stage(version=1, config=NeighborsConfig, run=run, reads={"embeddings": ("embed",)})
+STAGE = Stage(
+    version=1, config=NeighborsConfig, run=run, reads={"embeddings": ("embed",)}, through=("embeddings.pool",)
+)

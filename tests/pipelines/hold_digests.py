@@ -15,7 +15,7 @@ from pipelines.recipe import parse_recipe
 from pipelines.stages.table import STAGES
 
 DIGESTS = Path(__file__).parent / "digests.json"
-TAG = ("numpy", "torch", "pyarrow", "pillow", "blas", "torch_simd")
+TAG = ("numpy", "torch", "pyarrow", "pillow", "blas", "simd")
 
 
 def machine_tag() -> dict[str, str]:

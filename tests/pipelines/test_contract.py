@@ -17,9 +17,9 @@ import pytest
 from hold_digests import DIGESTS, digests_of, machine_tag
 from tiny import STEP_OF_STAGE, answer
 
-from curation.artifact import FileInfo
+from curation.artifact import Artifact, FileInfo
 from curation.store import Location
-from pipelines.engine import look_outside, prepare, run_recipe
+from pipelines.engine import look_outside, prepare, reached, run_recipe
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import STEP, Recipe
 from pipelines.stage import FOUND, Output
@@ -170,6 +170,7 @@ OTHER = {
     "evaluate.backbone": "pixels",
     "evaluate.pooling": "mean",
     "report.title": "Another",
+    "train.final_lr": 2e-6,
     "train.width": 64,
     "train.heads": 4,
     "train.image_size": 64,
@@ -296,3 +297,25 @@ def test_infos_in_the_manifest_are_those_of_the_files(tiny):
             assert (len(data), hashlib.sha256(data).hexdigest()) == (file.bytes, file.sha256)
         assert not (Path(artifact.location.uri) / "scratch").exists()
     assert STEP not in json.dumps(tiny.artifact("web_copy").manifest["config"])
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_whatever_a_stage_reads_is_in_its_fingerprint(tiny, tmp_path, monkeypatch, step):
+    """Inputs of inputs too: a stage that opens one must declare it in ``through``."""
+    entry = next(s for s in tiny.recipe.steps if s.name == step)
+    stage = STAGES[entry.stage]
+    inputs = {name: tiny.artifact(source) for name, source in entry.inputs.items()}
+    declared = {a.digest for a in inputs.values()} | {reached(inputs, path).digest for path in stage.through}
+    opened: dict[str, str] = {}
+    real = Artifact.input
+
+    def recorded(self: Artifact, name: str) -> Artifact:
+        found = real(self, name)
+        opened[found.digest] = f"{self.location} {name}"
+        return found
+
+    monkeypatch.setattr(Artifact, "input", recorded)
+    found = stage.look(entry.config)[1] if stage.look else None
+    executor = LocalExecutor(Resources(loader_workers=0))
+    stage.run(entry.config, {**inputs, FOUND: found}, Output(Location(str(tmp_path)), executor), executor)
+    assert {digest: name for digest, name in opened.items() if digest not in declared} == {}

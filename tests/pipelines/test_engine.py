@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,3 +243,88 @@ def test_the_command_line_says_one_sentence_a_hint_and_an_exit_code(tiny, tmp_pa
         assert "Traceback" not in bad.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.yaml"]
     assert Path(tmp_path / "out" / "run.json").exists()
+
+
+def test_other_rows_with_the_same_edges_are_decided_anew(tiny, tmp_path):
+    """The edges of a k-NN graph may be equal, none for example, while the rows they are about are not."""
+    web = {"stage": "pool", "source": str(tiny.images / "exam"), "part_rows": 40}
+    steps = {
+        "web": web,
+        "some": {"stage": "select", "pool": "web", "where": "row_id % 2 = 0"},
+        "vec": {"stage": "embed", "pool": "web", "selection": "some", "backbone": "pixels"},
+        "near": {"stage": "neighbors", "embeddings": "vec", "min_similarity": 1.0},
+        "unique": {"stage": "dedup", "neighbors": "near"},
+    }
+    run_steps(tmp_path, **steps)
+    steps["some"] = {**steps["some"], "where": "row_id % 2 = 1"}
+    last = run_steps(tmp_path, **steps)[-1]
+    assert last.state == "done"
+    assert read_selection(Artifact(last.location).part(0)).rows.tolist() == list(range(1, 40, 2))
+
+
+def test_a_selection_of_another_pool_is_refused(tiny, tmp_path):
+    steps = {
+        "a": {"stage": "pool", "source": str(tiny.images / "web"), "max_bad_fraction": 1.0},
+        "b": {"stage": "pool", "source": str(tiny.images / "exam")},
+        "some": {"stage": "select", "pool": "b", "where": "width > 3"},
+        "shards": {"stage": "shards", "pool": "a", "selection": "some"},
+    }
+    with pytest.raises(UserError, match="shards.selection must select from the pool of shards.pool: some selects"):
+        run_steps(tmp_path, **steps)
+
+
+def test_a_model_folder_that_moves_is_the_same_model(tiny, tmp_path):
+    trained = tiny.artifact("first")
+    for name in ("one", "two"):
+        shutil.copytree(trained.location.uri, tmp_path / name)
+    states_of = {}
+    for name in ("one", "two"):
+        vec = {"stage": "embed", "pool": "b", "backbone": str(tmp_path / name)}
+        results = run_steps(tmp_path, b={"stage": "pool", "source": str(tiny.images / "exam")}, vec=vec)
+        states_of[name] = results[-1].state
+    assert states_of == {"one": "done", "two": "done before"}
+
+
+def test_parts_of_another_kind_of_machine_are_made_anew(tiny, tmp_path, monkeypatch):
+    """A package was upgraded between a kill and the next run: the step does not mix two kinds of bits."""
+    root = tmp_path / "root"
+    shutil.copytree(tiny.root, root)
+    (step,) = (root / "near").iterdir()
+    (step / "manifest.json").unlink()
+    (step / "scratch").mkdir()
+    (step / "scratch" / "numerics.json").write_text("{}")
+    before = (step / "part-0000000.parquet").stat().st_mtime_ns
+    assert states(tiny.recipe, root)["near"] == "done"
+    assert (step / "part-0000000.parquet").stat().st_mtime_ns > before
+
+
+def test_a_failed_attempt_is_in_the_log_and_the_root_has_a_status(tiny, tmp_path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError):
+        run_steps(tmp_path, web={"stage": "pool", "source": str(bad)})
+    assert read_root(Location(str(tmp_path / "root"))) == {"web": None}
+    (log,) = (tmp_path / "root").rglob("run.jsonl")
+    assert "may be bad" in json.loads(log.read_text().splitlines()[-1])["failed"]
+
+
+def test_an_interrupt_is_one_sentence(tiny, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    train = "{stage: train, shards: raw, width: 64, depth: 2, heads: 2, image_size: 32, patch_size: 8, local_size: 16}"
+    recipe.write_text(
+        f"steps:\n  web: {{stage: pool, source: {tiny.images}/exam}}\n  raw: {{stage: shards, pool: web}}\n"
+        f"  first: {train}\n"
+    )
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--root", str(tmp_path / "out")]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "out").glob("first/*/scratch/progress")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "interrupted\n\nhint: finished parts are kept" in said
+        assert "Traceback" not in said
+        shutil.rmtree(tmp_path / "out")

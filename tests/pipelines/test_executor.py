@@ -75,9 +75,9 @@ def refuse(i: int) -> int:
 
 
 def test_a_failure_names_the_item(executor):
-    with pytest.raises(TaskError, match="at 3: ValueError: three is bad"):
+    with pytest.raises(TaskError, match="at part 3: ValueError: three is bad"):
         list(executor.map(fail_at_three, range(6)))
-    with pytest.raises(TaskError, match="at 3: ValueError: three is bad"):
+    with pytest.raises(TaskError, match="at part 3: ValueError: three is bad"):
         list(executor.map_workers(partial(given, fail_at_three), range(6)))
 
 
@@ -137,7 +137,7 @@ def always_die(i: int) -> int:
 
 
 def test_an_item_that_kills_every_worker_fails_the_step(ray_executor):
-    with pytest.raises(TaskError, match="at 0: "):
+    with pytest.raises(TaskError, match="at part 0: its worker was lost 3 times"):
         list(ray_executor.map_workers(partial(given, always_die), [0]))
 
 
@@ -145,8 +145,21 @@ def test_a_worker_with_other_versions_is_refused(ray_executor, monkeypatch):
     monkeypatch.setattr(ray_executor, "_setup", ("another machine", False))
     with pytest.raises(UserError, match="the versions and the BLAS core of the driver"):
         list(ray_executor.map(late_first, [1]))
+    monkeypatch.setattr(ray_executor, "_pools", {})
+    with pytest.raises(UserError, match="the versions and the BLAS core of the driver"):
+        list(ray_executor.map_workers(partial(given, late_first), [1]))
     monkeypatch.setattr(ray_executor, "_setup", ("another machine", True))
     assert list(ray_executor.map(late_first, [1])) == [1]
+
+
+def test_a_failure_in_a_reduction_names_the_item(executor):
+    with pytest.raises(TaskError, match="at part 3: ValueError: three is bad"):
+        executor.reduce(fail_at_three, range(40), max)
+
+
+def test_workers_that_no_gpu_is_there_for_are_refused(ray_executor):
+    with pytest.raises(UserError, match=r"resources\.gpus must be at most the cluster's: got 1, it has 0"):
+        list(ray_executor.map_workers(partial(given, late_first), [1], gpus=1))
 
 
 def test_progress_counts_items(executor):

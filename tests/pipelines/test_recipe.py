@@ -72,6 +72,9 @@ def test_mistakes_are_one_sentence_with_a_hint():
     refused(tree(web={"stage": "pool"}), "web must have source: got none")
     refused(tree(web={"stage": "pol"}), "known stage: got 'pol'", "did you mean pool?")
     refused(tree(web=3), "web must be a mapping")
+    refused(tree(web={"stage": ["pool"]}), "known stage: got ['pool']")
+    refused(tree(web=POOL, vec={**embed, "backbone": "pixel"}), "vec.backbone must be pixels, an earlier train step",
+            "did you mean pixels?")  # fmt: skip
     refused(tree(vec=embed, web=POOL), "vec.pool must name an earlier step: got 'web'")
     refused(tree(web=POOL, vec={"stage": "embed", "backbone": "pixels"}), "vec must name its pool: got none")
     refused(
@@ -111,7 +114,12 @@ def test_overrides_change_steps_resources_and_the_seed():
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("web", "step.key=value"), ("a.b.c=1", "step.key=value"), ("wep.min_side=3", "'wep', which is not in the recipe")],
+    [
+        ("web.min_side=[1", "needs a YAML value"),
+        ("web", "step.key=value"),
+        ("a.b.c=1", "step.key=value"),
+        ("wep.min_side=3", "'wep', which is not in the recipe"),
+    ],
 )
 def test_an_override_that_hits_nothing_is_refused(override, words):
     with pytest.raises(UserError, match=words):
@@ -121,3 +129,16 @@ def test_an_override_that_hits_nothing_is_refused(override, words):
 def test_a_recipe_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no recipe"):
         read_recipe(Location(str(tmp_path / "no.yaml")), [], STAGES)
+
+
+def test_overrides_of_what_is_empty():
+    parsed = {"resources": None, "steps": {"web": None}}
+    apply_override(parsed, "resources.workers=1")
+    assert parsed["resources"] == {"workers": 1}
+    with pytest.raises(UserError, match="web must be a mapping: got None"):
+        apply_override(parsed, "web.source=x")
+
+
+def test_a_key_is_a_word():
+    with pytest.raises(UserError, match="a key must be a word"):
+        parse_yaml("steps:\n  ? [a, b]\n  : 3\n", "r.yaml")
