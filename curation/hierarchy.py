@@ -4,6 +4,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -117,11 +118,10 @@ class Hierarchy:
 
 def hierarchical_kmeans(
     x: np.ndarray,
-    n_clusters: Sequence[int],
+    n_clusters: Sequence[int] | np.ndarray,
     rng: np.random.Generator,
-    n_resamples: int | Sequence[int] = 10,
-    resample_size: int | Sequence[int] | None = None,
-    *,
+    n_resamples: int | Sequence[int] | np.ndarray = 10,
+    resample_size: int | Sequence[int] | np.ndarray | None = None,
     n_iter: int = 50,
 ) -> Hierarchy:
     """Cluster the rows, then the centroids of the rows' clusters, and so on.
@@ -139,20 +139,22 @@ def hierarchical_kmeans(
     for t, k in enumerate(n_clusters):
         part = ArrayRows(points)
         centroids = fit_level(
-            [part], k, runs[t] or 0, sizes[t], seed_key=(seed, t), executor=SerialExecutor(), n_iter=n_iter
+            [part], operator.index(k), runs[t] or 0, sizes[t], seed_key=(seed, t), executor=SerialExecutor(), n_iter=n_iter
         )
         levels.append(Level(centroids, *assign_part(part, centroids)))
         points = centroids
     return Hierarchy(levels)
 
 
-def per_level(value: int | Sequence[int] | None, n_levels: int, name: str) -> Sequence[int | None]:
+def per_level(value: int | Sequence[int] | np.ndarray | None, n_levels: int, name: str) -> Sequence[int | None]:
     """One value a level; a single number or None goes to every level."""
-    if value is None or isinstance(value, int):
-        return [value] * n_levels
+    if value is None:
+        return [None] * n_levels
+    if isinstance(value, Integral):
+        return [int(value)] * n_levels
     if len(value) != n_levels:
         raise ValueError(f"{name} must be one number or one a level, {n_levels} of them: got {list(value)}")
-    return value
+    return [None if one is None else operator.index(one) for one in value]
 
 
 def fit_level(

@@ -32,7 +32,12 @@ SCAN_SCHEMA = pa.schema(
 POOL_SCHEMA = pa.schema(
     [pa.field("row_id", pa.int64()), *(f for f in SCAN_SCHEMA if f.name not in ("reason", "detail"))]
 )
-REJECTED_SCHEMA = pa.schema([SCAN_SCHEMA.field(n) for n in ("source", "member", "key", "reason", "detail")])
+REJECTED_SCHEMA = pa.schema(
+    [
+        *(SCAN_SCHEMA.field(n) for n in ("source", "member", "key", "reason", "detail")),
+        pa.field("duplicate_of", pa.string()),  # "source" or "source/member" of the image that stayed
+    ]
+)
 
 # One kept row on its way to the hash partition of its key: who it is and where it stands.
 KEY_RECORD = np.dtype([("key", "V32"), ("unit", "<i4"), ("row", "<i4")])

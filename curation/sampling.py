@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from curation.hierarchy import Groups, Hierarchy, group_rows
 
@@ -102,12 +103,12 @@ def leaf_quotas(
     """How many rows to draw from each leaf, int64 (n_leaves,), adding up to min(target, max_copies * rows).
 
     sizes_of_leaves: int (n_leaves,), rows of each level-0 cluster, 0 allowed; upper_labels: cluster of each leaf in
-    level 1, of each level-1 cluster in level 2, and so on (none: the root holds the leaves). Nodes of level t draw
-    from ``default_rng([seed, t, 0])``, one number for each of their children in the order of (node, child); the root
-    is level ``n_levels``. Holds about 60 bytes for each cluster of a level and 24 for each cluster of all levels.
-    Raises ValueError for a negative target, negative sizes or no copies.
+    level 1, of each level-1 cluster in level 2, and so on (none: the root holds the leaves). Node i of level t draws by
+    (seed, t, i), see ``child_luck``; the root is node 0 of level ``n_levels``. Holds about 60 bytes for each cluster of
+    a level and 24 for each cluster of all levels. Raises ValueError for a negative target, negative sizes, fractions
+    or no copies.
     """
-    sizes = [np.asarray(sizes_of_leaves)]
+    sizes = [whole_numbers(sizes_of_leaves, "sizes")]
     n_nodes = [len(labels) for labels in upper_labels[1:]]  # of each upper level, empty clusters too
     if upper_labels:
         n_nodes.append(int(upper_labels[-1].max(initial=0)) + 1)
@@ -115,15 +116,51 @@ def leaf_quotas(
     for below in children:
         sizes.append(segment_sums(sizes[-1][below.rows], below.offsets))
     children.append(Groups(np.arange(len(sizes[-1])), np.array([0, len(sizes[-1])])))  # of the root
-    quotas = np.array([target])
+    quotas = whole_numbers([target], "target")
     for t in range(len(children), 0, -1):  # nodes of level t share among the clusters of level t - 1
         rows, offsets = children[t - 1]
         shares = np.empty(len(rows), np.int64)
-        shares[rows] = ragged_shares(
-            sizes[t - 1][rows], offsets, quotas, np.random.default_rng([seed, t, 0]), max_copies
-        )
+        luck = child_luck(seed, t, offsets)
+        shares[rows] = ragged_shares(sizes[t - 1][rows], offsets, quotas, luck, max_copies)
         quotas = shares
     return quotas
+
+
+def child_luck(seed: int, level: int, offsets: np.ndarray) -> np.ndarray:
+    """A random number uint64 (m,) for each child of the nodes of a level, a hash of (seed, level, node, child).
+
+    Node i has the children ``offsets[i]:offsets[i + 1]`` (see Groups), counted within the node: so neither other nodes
+    nor children that come after change a child's number. Holds 40 bytes a child.
+    """
+    key = np.random.SeedSequence([seed, level]).generate_state(1, np.uint64)
+    counts = np.diff(offsets)
+    nodes = split_mix(key + np.arange(len(counts), dtype=np.uint64))
+    child = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)
+    return split_mix(np.repeat(nodes, counts) + child.astype(np.uint64))
+
+
+def split_mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64 of each counter, uint64 (n,) to uint64 (n,): one to one, every bit of x moves every bit of the result.
+
+    Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
+    """
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
+
+
+def whole_numbers(values: ArrayLike, name: str) -> np.ndarray:
+    """``values`` as int64. Floats must be whole: raises ValueError naming the first that is not."""
+    given = np.asarray(values)
+    if given.dtype.kind == "f":
+        bad = ~((np.abs(given) < 2.0**63) & (np.floor(given) == given))
+        if bad.any():
+            raise ValueError(f"{name} must be whole numbers: {bad.sum()} of {bad.size} are not, first {given[bad][0]}")
+    elif given.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be whole numbers: got {given.dtype}")
+    return given.astype(np.int64)
 
 
 def equal_shares(sizes: np.ndarray, target: int, rng: np.random.Generator, max_copies: int = 1) -> np.ndarray:
@@ -132,19 +169,20 @@ def equal_shares(sizes: np.ndarray, target: int, rng: np.random.Generator, max_c
     sizes: int (m,), 0 allowed; a share is at most ``max_copies * size``. With the cut x, the largest integer for which
     sum(min(x, cap)) <= target, everybody gets min(x, cap); the remainder goes as +1 to children above the cut, chosen
     at random without replacement. Adds up to min(target, sum of caps). Raises ValueError for a negative target,
-    negative sizes or no copies.
+    negative sizes, fractions or no copies.
     """
-    sizes = np.asarray(sizes)
-    return ragged_shares(sizes, np.array([0, len(sizes)]), np.array([target]), rng, max_copies)
+    sizes = whole_numbers(sizes, "sizes")
+    targets = whole_numbers([target], "target")
+    return ragged_shares(sizes, np.array([0, len(sizes)]), targets, rng.random(len(sizes)), max_copies)
 
 
 def ragged_shares(
-    sizes: np.ndarray, offsets: np.ndarray, targets: np.ndarray, rng: np.random.Generator, max_copies: int = 1
+    sizes: np.ndarray, offsets: np.ndarray, targets: np.ndarray, luck: np.ndarray, max_copies: int = 1
 ) -> np.ndarray:
     """``equal_shares`` of many groups at once: group g shares ``targets[g]`` over its slice of sizes (see Groups).
 
-    sizes: int (m,); offsets: int64 (n_groups + 1,); targets: int (n_groups,). Returns int64 (m,). ``rng`` gives one
-    number for each child, so a child's luck does not depend on other groups. Holds about 50 bytes a child.
+    sizes: int (m,); offsets: int64 (n_groups + 1,); targets: int (n_groups,); luck (m,): of the children above the cut
+    those with the lowest get one more, ties to the first. Returns int64 (m,). Holds about 50 bytes a child.
     """
     if max_copies < 1 or targets.min(initial=0) < 0 or sizes.min(initial=0) < 0:
         raise ValueError(
@@ -155,9 +193,8 @@ def ragged_shares(
     group = np.repeat(np.arange(len(targets)), np.diff(offsets))
     shares: np.ndarray = np.minimum(caps, water_level(caps, offsets, targets)[group])
     left = np.minimum(targets, segment_sums(caps, offsets)) - segment_sums(shares, offsets)
-    luck = rng.random(len(caps))
     above = np.flatnonzero((caps > shares) & (left[group] > 0))
-    above = above[np.lexsort((luck[above], group[above]))]  # the luckiest of each group first
+    above = above[np.lexsort((luck[above], group[above]))]  # the lowest of each group first
     rank = np.arange(len(above)) - np.searchsorted(group[above], group[above])
     shares[above[rank < left[group[above]]]] += 1
     return shares

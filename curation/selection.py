@@ -21,17 +21,20 @@ class Selected(NamedTuple):
     counts: np.ndarray  # int32 (n,), at least 1
 
 
-def write_selection(location: Location, rows: np.ndarray, kept: np.ndarray, **why: np.ndarray | pa.Array) -> FileInfo:
+def write_selection(
+    location: Location, rows: np.ndarray, kept: np.ndarray, also: Counts | None = None, **why: np.ndarray | pa.Array
+) -> FileInfo:
     """Write one part. ``rows`` int (n,) strictly ascending, ``kept`` bool (n,), ``why`` further columns (n,).
 
-    Raises ValueError when rows are not ascending: a join by ``searchsorted`` would go wrong silently.
+    ``also`` are further counts; rows that were ``bad`` are not among ``rows``, but are counted as looked at. Raises ValueError when rows are not ascending: a join by ``searchsorted`` would go wrong silently.
     """
     if not (rows[1:] > rows[:-1]).all():
         raise ValueError(f"{location.name} must have strictly ascending rows")
     table = pa.table({"row": pa.array(rows, pa.int32()), "kept": pa.array(kept, pa.bool_()), **why})
     n_kept = int(kept.sum())
-    counts: Counts = {"rows": len(rows), "kept": n_kept, "dropped": len(rows) - n_kept}
-    return write_table(location, table, counts)
+    also = also or {}
+    n_seen = len(rows) + also.get("bad", 0)
+    return write_table(location, table, {"rows": n_seen, "kept": n_kept, "dropped": len(rows) - n_kept, **also})
 
 
 def read_selection(location: Location) -> Selected:

@@ -17,6 +17,7 @@ class EmbedConfig:
     backbone: str  # "pixels", a folder, or a name on the Hugging Face hub
     pooling: str = "cls"  # or "mean": of the patch tokens
     max_pixels: int = MAX_PIXELS  # larger images are bad: "too_large"
+    max_bad_fraction: float = 0.05  # share of images that do not decode at which the step stops
 
     def __post_init__(self) -> None:
         if not self.backbone:
@@ -25,3 +26,5 @@ class EmbedConfig:
             raise ValueError(f"embed.pooling must be one of {POOLINGS}: got {self.pooling!r}")
         if self.max_pixels < 1:
             raise ValueError(f"embed.max_pixels must be at least 1: got {self.max_pixels}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"embed.max_bad_fraction must be in [0, 1]: got {self.max_bad_fraction}")

@@ -168,7 +168,7 @@ def check_backbone(key: str, value: Any, trained: Sequence[str]) -> None:
     known = ["pixels", *trained]
     if isinstance(value, str) and value and value not in known and "/" not in value and not Path(value).is_dir():
         raise UserError(
-            f"{key} must be pixels, an earlier train step, a folder or owner/name on the Hugging Face hub: got {value!r}",
+            f"{key} must be pixels, an earlier train step, a folder or a Hugging Face owner/name: got {value!r}",
             did_you_mean(value, known),
         )
 

@@ -207,9 +207,14 @@ def rejected_examples(pool: Artifact, names: Iterable[str], reason: str, n: int)
         rows += table.filter(pc.equal(table["reason"], reason)).slice(0, n - len(rows)).to_pylist()
     return [
         {"uri": rejected_thumb(root, row["source"], row["member"]) if reason != "undecodable" else "",
-         "name": f"{row['source']}/{row['member']}" if row["member"] else row["source"], "detail": row["detail"] or ""}
+         "name": f"{row['source']}/{row['member']}" if row["member"] else row["source"], "detail": rejected_detail(row)}
         for row in rows
     ]  # fmt: skip
+
+
+def rejected_detail(row: Mapping[str, Any]) -> str:
+    """Why a file was refused, in words; of a copy, what it is a copy of."""
+    return f"same bytes as {row['duplicate_of']}" if row["duplicate_of"] else row["detail"] or ""
 
 
 def clusters(run: Run) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from curation.store import Entry, Location, file_sha256
 from embedding.config import EmbedConfig
 from pipelines.recipe import STEP
 from pipelines.stage import Inputs, Output, Stage
+from pipelines.stages.pool import check_bad
 
 CHUNK = 256  # images whose bytes are in memory at a time: a multiple of embedding.embed.BATCH_IMAGES
 
@@ -60,6 +61,7 @@ def run(config: EmbedConfig, inputs: Inputs, out: Output, executor: Executor) ->
     model = Model(config.backbone, inputs.get("backbone"), config.pooling, "cuda" if gpus else "cpu")
     embed_pool(model, pool, inputs.get("selection"), config.max_pixels, out, executor)
     counts = add_counts(file.counts for file in out.files)
+    check_bad(config.max_bad_fraction, counts, out)
     return {"rows": counts["rows"], "kept": counts["kept"], "dropped": 0, "bad": counts["bad"]}
 
 

@@ -47,7 +47,10 @@ class Task(NamedTuple):
 def look(config: PoolConfig) -> tuple[Sequence[Entry], Listing]:
     """List the source; there must be something."""
     source = Location(config.source).resolved()
-    listing = list_source(source)
+    try:
+        listing = list_source(source)
+    except ValueError as e:
+        raise UserError(str(e), "a source is a folder of images, .tar and .parquet files, or one such file") from e
     if not listing.entries:
         raise UserError(
             f"{config.source} must hold images, tars or Parquet files: got none",
@@ -180,7 +183,7 @@ def write_unit(
     again = np.concatenate(
         [read_shuffle(scratch / "duplicates" / f"{p}", DUPLICATE_RECORD, unit) for p in range(n_partitions)]
     )
-    rejected = reject_duplicates(scanned, again)
+    rejected = reject_duplicates(scanned, again, names_of_first(again, scratch))
     files = [write_rejected(out / part_name(unit, "rejected"), rejected)]
     kept = scanned.filter(pc.is_null(rejected["reason"]))
     for k, start in enumerate(range(0, kept.num_rows, part_rows)):
@@ -196,11 +199,23 @@ def write_unit(
     return files
 
 
-def reject_duplicates(scanned: pa.Table, again: np.ndarray) -> pa.Table:
-    """The scanned rows with reason ``exact_duplicate`` where ``again`` (DUPLICATE_RECORD) says so."""
-    mask = np.zeros(scanned.num_rows, bool)
-    mask[again["row"]] = True
-    table = scanned
+def names_of_first(again: np.ndarray, scratch: Location) -> pa.ChunkedArray:
+    """What the image that stayed is called, for every DUPLICATE_RECORD: one unit's names in memory at a time."""
+    order = np.argsort(again["first_unit"], kind="stable")
+    units, starts = np.unique(again["first_unit"][order], return_index=True)
+    names = []
+    for unit, rows in zip(units.tolist(), np.split(again["first_row"][order], starts)[1:], strict=True):
+        first = read_table(scratch / "scan" / part_name(unit), ["source", "member"]).take(pa.array(rows))
+        names += pc.binary_join_element_wise(first["source"], first["member"], "/", null_handling="skip").chunks
+    return pa.chunked_array(names, pa.string()).take(pa.array(np.argsort(order)))
+
+
+def reject_duplicates(scanned: pa.Table, again: np.ndarray, first: pa.ChunkedArray) -> pa.Table:
+    """The scanned rows with reason ``exact_duplicate`` where ``again`` (DUPLICATE_RECORD) says so, of ``first``."""
+    at = np.full(scanned.num_rows, -1)
+    at[again["row"]] = np.arange(len(again))
+    mask = at >= 0
+    table = scanned.append_column("duplicate_of", first.take(pa.array(at, mask=~mask)))
     for name, text in (("reason", "exact_duplicate"), ("detail", "same bytes as the kept image of this key")):
         column = pc.if_else(pa.array(mask), pa.scalar(text), scanned[name])
         table = table.set_column(table.schema.get_field_index(name), name, column)
@@ -219,17 +234,7 @@ def write_rejected(location: Location, table: pa.Table) -> FileInfo:
 
 def check_counts(config: PoolConfig, counts: Counts, out: Output) -> None:
     """Stop when too many images are bad, or none is left."""
-    rejected = [file.name for file in out.files if file.name.startswith("rejected-") and file.rows]
-    examples = []
-    for name in rejected[:20]:
-        table = read_table(out.location / name)
-        examples += [f"{r['source']} ({r['detail']})" for r in table.to_pylist() if r["reason"] in BAD_REASONS]
-    if counts["bad"] > config.max_bad_fraction * counts["rows"]:
-        raise UserError(
-            f"at most {config.max_bad_fraction:.3g} of the images may be bad (max_bad_fraction): "
-            f"got {counts['bad']} of {counts['rows']}, first {'; '.join(examples[:3])}",
-            "look at the files named; raise max_bad_fraction if such a share is expected",
-        )
+    check_bad(config.max_bad_fraction, counts, out)
     if counts["kept"] == 0:
         raise UserError(
             f"a pool must keep at least one image: got none of {counts['rows']}",
@@ -237,4 +242,21 @@ def check_counts(config: PoolConfig, counts: Counts, out: Output) -> None:
         )
 
 
-STAGE = Stage(version=1, config=PoolConfig, run=run, locations=("source",), look=look)
+def check_bad(most: float, counts: Counts, out: Output) -> None:
+    """Stop a step when more than a share ``most`` of its images are bad, with the first in its ``rejected-*``."""
+    if counts["bad"] <= most * counts["rows"]:
+        return
+    rejected = sorted(file.name for file in out.files if file.name.startswith("rejected-") and file.rows)
+    examples: list[str] = []
+    for name in rejected[:20]:
+        table = read_table(out.location / name, ["source", "reason", "detail"])
+        bad = table.filter(pc.is_in(table["reason"], pa.array(BAD_REASONS))).slice(0, 3)
+        examples += [f"{row['source']} ({row['detail']})" for row in bad.to_pylist()]
+    raise UserError(
+        f"at most {most:.3g} of the images may be bad (max_bad_fraction): "
+        f"got {counts['bad']} of {counts['rows']}, first {'; '.join(examples[:3])}",
+        "look at the files named; raise max_bad_fraction if such a share is expected",
+    )
+
+
+STAGE = Stage(version=2, config=PoolConfig, run=run, locations=("source",), look=look)

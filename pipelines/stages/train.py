@@ -49,10 +49,14 @@ def make_trainer(
         if step % 10 == 0 or step == n_steps:
             (out / "scratch" / "progress").write(json.dumps([step, n_steps, message]).encode())
 
+    preprocess = Preprocess(
+        size=config.image_size, keep_aspect=False, crop=None, mean=config.augment.mean, std=config.augment.std
+    )
+
     def work(_: None) -> list[FileInfo]:
         result = train(config, shards, out, speed, tell)
         with tempfile.TemporaryDirectory(prefix="openlvd-") as folder:
-            save_vit(folder, result.backbone, Preprocess(size=config.image_size, keep_aspect=False, crop=None))
+            save_vit(folder, result.backbone, preprocess)
             for name in NAMES[:2]:
                 (out / name).write((Path(folder) / name).read_bytes())
         skipped = len(result.skipped)
@@ -88,4 +92,4 @@ def shown(noted: Location, progress: Callable[[int, int], None] | None) -> Itera
         thread.join()
 
 
-STAGE = Stage(version=1, config=TrainConfig, run=run, reads={"shards": ("shards",)})
+STAGE = Stage(version=2, config=TrainConfig, run=run, reads={"shards": ("shards",)})

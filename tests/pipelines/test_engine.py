@@ -269,7 +269,7 @@ def test_a_selection_of_another_pool_is_refused(tiny, tmp_path):
         "some": {"stage": "select", "pool": "b", "where": "width > 3"},
         "shards": {"stage": "shards", "pool": "a", "selection": "some"},
     }
-    with pytest.raises(UserError, match="shards.selection must select from the pool of shards.pool: some selects"):
+    with pytest.raises(UserError, match=r"shards\.selection must select from the pool of shards\.pool: some selects"):
         run_steps(tmp_path, **steps)
 
 
