@@ -139,7 +139,13 @@ def hierarchical_kmeans(
     for t, k in enumerate(n_clusters):
         part = ArrayRows(points)
         centroids = fit_level(
-            [part], operator.index(k), runs[t] or 0, sizes[t], seed_key=(seed, t), executor=SerialExecutor(), n_iter=n_iter
+            [part],
+            operator.index(k),
+            runs[t] or 0,
+            sizes[t],
+            seed_key=(seed, t),
+            executor=SerialExecutor(),
+            n_iter=n_iter,
         )
         levels.append(Level(centroids, *assign_part(part, centroids)))
         points = centroids
@@ -150,7 +156,7 @@ def per_level(value: int | Sequence[int] | np.ndarray | None, n_levels: int, nam
     """One value a level; a single number or None goes to every level."""
     if value is None:
         return [None] * n_levels
-    if isinstance(value, Integral):
+    if isinstance(value, int | Integral):  # numpy's integers are no int
         return [int(value)] * n_levels
     if len(value) != n_levels:
         raise ValueError(f"{name} must be one number or one a level, {n_levels} of them: got {list(value)}")

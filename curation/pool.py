@@ -58,7 +58,7 @@ class PoolConfig:
     max_bad_fraction: float = 0.05  # share of undecodable and too large images at which the step stops
     part_rows: int = 65_536  # rows of a part at most; also files read by one task
     image_column: str = "image"  # of Parquet sources: bytes, or a struct with bytes and path
-    label_column: str = "label"  # of Parquet and JSON metadata; loose files have their parent folder's name
+    label_column: str = "label"  # of Parquet and JSON metadata; other files have their parent folder's name
 
     def __post_init__(self) -> None:
         for name in ("min_side", "max_pixels", "part_rows"):

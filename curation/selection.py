@@ -26,7 +26,8 @@ def write_selection(
 ) -> FileInfo:
     """Write one part. ``rows`` int (n,) strictly ascending, ``kept`` bool (n,), ``why`` further columns (n,).
 
-    ``also`` are further counts; rows that were ``bad`` are not among ``rows``, but are counted as looked at. Raises ValueError when rows are not ascending: a join by ``searchsorted`` would go wrong silently.
+    ``also`` are further counts; rows that were ``bad`` are not among ``rows``, but are counted as looked at. Raises
+    ValueError when rows are not ascending: a join by ``searchsorted`` would go wrong silently.
     """
     if not (rows[1:] > rows[:-1]).all():
         raise ValueError(f"{location.name} must have strictly ascending rows")

@@ -26,6 +26,8 @@ from curation.store import Entry, Location, RangeFile
 METADATA_SUFFIXES = frozenset(
     f".{name}" for name in "json jsonl txt csv tsv md rst xml yaml yml html cls npy npz log sha256 index py".split()
 )
+ARCHIVE_SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")  # bytes in them have no offset
+ROOT_FILE = "run.json"  # what a run writes at its root: below such a folder are its own files, no images to look at
 CAPTION_COLUMNS = ("caption", "text")
 COALESCE_GAP = 1 << 18  # bytes between two ranges of one object that are cheaper read than asked for apart
 COALESCE_BYTES = 1 << 26  # of one such request, unless one image is larger
@@ -59,14 +61,16 @@ class Listing(NamedTuple):
 
     root: Location
     entries: list[Entry]  # candidates, sorted by name
-    ignored: int  # hidden files and metadata
+    ignored: int  # hidden files, metadata, and what runs wrote
 
 
 def list_source(source: Location) -> Listing:
     """List a folder, a prefix, or a single tar, Parquet or image file.
 
-    Raises FileNotFoundError when there is nothing of that name, ValueError for a name that is no UTF-8. O(files)
-    names are held here: pools of more than some 10^7 images are kept in tars or Parquet, of which a listing is short.
+    Folders below it that are the root of a run are ignored with all that is in them. Raises FileNotFoundError when
+    there is nothing of that name; ValueError for a name that is no UTF-8, a compressed archive, or a source that is
+    itself the root of a run. O(files) names are held here: pools of more than some 10^7 images are kept in tars or
+    Parquet, of which a listing is short.
     """
     root = source_root(source)
     if root == source:
@@ -75,7 +79,15 @@ def list_source(source: Location) -> Listing:
         entries = [source.entry()]
     else:
         raise FileNotFoundError(f"no folder or file {source}")
-    wanted = [entry for entry in entries if _is_candidate(entry.name)]
+    runs = tuple(_roots_of_runs(root, entries))
+    if "" in runs:
+        raise ValueError(f"{source} must not be the root of a run, where its own files are: it holds {ROOT_FILE}")
+    wanted = [entry for entry in entries if _is_candidate(entry.name) and not entry.name.startswith(runs)]
+    packed = [entry.name for entry in wanted if entry.name.lower().endswith(ARCHIVE_SUFFIXES)]
+    if packed:
+        raise ValueError(
+            f"compressed archives must be unpacked to .tar or to files: {len(packed)} in {source}, first {packed[0]}"
+        )
     odd = [entry.name for entry in wanted if _utf8(entry.name) != entry.name]
     if odd:
         raise ValueError(f"file names must be UTF-8: {len(odd)} below {source} are not, first {odd[0]!r}")
@@ -85,6 +97,16 @@ def list_source(source: Location) -> Listing:
 def source_root(source: Location) -> Location:
     """What the names in a pool are relative to: the source, or the folder of a source that is one file."""
     return source if source.is_folder() else source.parent
+
+
+def _roots_of_runs(root: Location, entries: Sequence[Entry]) -> Iterator[str]:
+    """The folders, as ``a/b/``, that hold a ``run.json`` with the steps of a run; "" is the root itself."""
+    for entry in entries:
+        folder, _, name = entry.name.rpartition("/")
+        if name == ROOT_FILE:
+            noted = json.loads(_json_text((root / entry.name).read()) or "null")
+            if isinstance(noted, dict) and "steps" in noted:
+                yield folder + "/" if folder else ""
 
 
 def _is_candidate(name: str) -> bool:
@@ -141,14 +163,19 @@ def read_unit(root: Location, unit: Unit, image_column: str, label_column: str) 
     """
     if unit.kind == "files":
         for name in unit.names:
-            label = name.split("/")[-2] if "/" in name else None  # the parent folder
-            yield Record(name, None, None, (root / name).read(), label)
+            yield Record(name, None, None, (root / name).read(), parent_folder(name))
     elif unit.kind == "tar":
         with (root / unit.names[0]).local_copy() as path:
             yield from read_tar(path, unit.names[0], label_column)
     else:
         with _open_parquet(root / unit.names[0]) as file:
             yield from _read_row_groups(file, unit, image_column, label_column)
+
+
+def parent_folder(name: str) -> str | None:
+    """The folder that a file is in, its label when nothing else says one; None without a folder."""
+    folder = name.rpartition("/")[0].rpartition("/")[2]
+    return None if folder in ("", ".", "..") else folder
 
 
 def read_tar(path: Path, source: str, label_column: str) -> Iterator[Record]:
@@ -224,7 +251,7 @@ def _check_end(file: BinaryIO, offset: int) -> None:
 
 
 def _with_side(images: Iterable[Record], side: Mapping[str, bytes], label_column: str) -> Iterator[Record]:
-    """The images of one key with the label, caption and metadata that stand beside them."""
+    """The images of one key with the label (else their folder's name), caption and metadata that stand beside them."""
     caption = side["txt"].decode("utf-8", "replace") if "txt" in side else None
     metadata = _json_text(side.get("json"))
     fields = json.loads(metadata) if metadata else {}
@@ -234,7 +261,8 @@ def _with_side(images: Iterable[Record], side: Mapping[str, bytes], label_column
     if caption is None and isinstance(fields, dict):
         caption = next((_text(fields[name]) for name in CAPTION_COLUMNS if fields.get(name)), None)
     for image in images:
-        yield image._replace(label=label, caption=caption, metadata=metadata)
+        own = parent_folder(image.member or "") if label is None else label
+        yield image._replace(label=own, caption=caption, metadata=metadata)
 
 
 def _json_text(data: bytes | None) -> str | None:

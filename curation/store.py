@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 
 class Conflict(Exception):
-    """A conditional write found that the object is there already."""
+    """A conditional write found another object than it was to replace, or one where none was to be."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,15 @@ class Location:
             return
         with _as_on_disk(self):
             client().put_object(Bucket=self.bucket, Key=self.key, Body=data, IfNoneMatch="*")
+
+    def write_over(self, data: bytes, stamp: str) -> str:
+        """Replace the object on S3 that has this stamp; returns the new one's.
+
+        Raises ``Conflict`` when it has another, FileNotFoundError when it is gone. A disk has no such operation.
+        """
+        with _as_on_disk(self):
+            done = client().put_object(Bucket=self.bucket, Key=self.key, Body=data, IfMatch=f'"{stamp}"')
+        return str(done["ETag"]).strip('"')
 
     @contextmanager
     def side_file(self, publish: bool = True) -> Iterator[Path]:

@@ -7,8 +7,7 @@ mend, 1 for a run that failed.
 import json
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -17,10 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from curation.store import Location
-from pipelines.engine import StepResult, last_seconds, plan_recipe, read_root, run_recipe
+from pipelines.engine import StepResult, last_seconds, plan_recipe, read_root
 from pipelines.errors import TaskError, UserError
-from pipelines.executor import LocalExecutor, RayExecutor, Resources
-from pipelines.progress import StepProgress
+from pipelines.launch import run_steps
 from pipelines.recipe import Recipe, read_recipe
 from pipelines.stages.table import STAGES
 
@@ -51,17 +49,6 @@ def run(
     parsed = read_recipe(Location(recipe), overrides or [], STAGES)
     target = root_of(parsed, root)
     show_results(run_steps(parsed, target, executor, address, until, quiet=as_json), as_json)
-
-
-def run_steps(
-    recipe: Recipe, root: Location, executor: str, address: str | None, until: str | None = None, quiet: bool = False
-) -> Iterator[StepResult]:
-    """Run a recipe with progress on stderr; each step's result as it is there."""
-    with open_executor(executor, address, recipe.resources) as engine, StepProgress(quiet) as progress:
-        for result in run_recipe(recipe, root, engine, until, progress.start, progress.say):
-            progress.stop()
-            progress.say(result_line(result))
-            yield result
 
 
 @app.command()
@@ -108,27 +95,6 @@ def root_of(recipe: Recipe, given: str | None) -> Location:
     if not (given or recipe.root):
         raise UserError("a run needs a root: got none", "give --root FOLDER, or write root: in the recipe")
     return Location(given or recipe.root or "")
-
-
-@contextmanager
-def open_executor(name: str, address: str | None, resources: Resources) -> Iterator[LocalExecutor | RayExecutor]:
-    """The executor of a run, closed at its end."""
-    if name not in ("serial", "ray"):
-        raise UserError(f"--executor must be serial or ray: got {name!r}", "ray uses every core, serial only this one")
-    if name == "serial" and address:
-        raise UserError("--address needs --executor ray: got serial", "add --executor ray")
-    engine = LocalExecutor(resources) if name == "serial" else RayExecutor(resources, address or "local")
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def result_line(result: StepResult) -> str:
-    """One step in one line."""
-    counts = " ".join(f"{name} {value:,}" for name, value in result.counts.items())
-    time = f" {result.seconds:.1f} s" if result.seconds else ""
-    return f"{result.name:<12} {result.stage:<14} {result.state}{time}  {counts}"
 
 
 def show_results(results: Iterable[StepResult], as_json: bool) -> None:

@@ -23,6 +23,7 @@ from curation.store import Location
 from pipelines.demo_pool import TRUTH, make_demo_pool
 from pipelines.engine import StepResult, last_seconds
 from pipelines.errors import UserError
+from pipelines.launch import run_steps
 from pipelines.recipe import read_recipe
 from pipelines.report_sections import balance
 from pipelines.stages.report import PAGE
@@ -57,8 +58,6 @@ class Found:
 
 def run_demo(root: Location, overrides: list[str], executor: str, as_json: bool) -> None:
     """Run the demo below ``root`` and print the last screen, or one JSON object. Raises UserError."""
-    from pipelines.cli import run_steps
-
     if not root.is_local:
         raise UserError(f"--root must be a local folder: got {root}", "the demo writes its images there")
     pool = root.path / POOL

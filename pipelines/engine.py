@@ -18,9 +18,10 @@ from typing import Any
 from curation.artifact import Artifact, Counts, finish, pool_of
 from curation.store import Entry, Location
 from pipelines.errors import TaskError, UserError
-from pipelines.executor import LocalExecutor, RayExecutor
+from pipelines.executor import LocalExecutor
 from pipelines.lock import lock_root
 from pipelines.numerics import numerics
+from pipelines.ray_executor import RayExecutor
 from pipelines.recipe import Recipe, Step
 from pipelines.stage import FOUND, SCRATCH, Output, Stage
 from pipelines.stages.table import STAGES

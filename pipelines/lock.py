@@ -6,9 +6,12 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from curation.store import Conflict, Location
 from pipelines.errors import UserError
@@ -19,7 +22,7 @@ STALE_S = 90  # without a sign of life a run on S3 is taken for dead
 
 @contextmanager
 def lock_root(root: Location, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a root. Raises UserError when another run holds it."""
+    """Hold a root. Raises UserError when another run holds it, or when it cannot be written to."""
     with _local_lock(root) if root.is_local else _s3_lock(root, say):
         yield
 
@@ -29,18 +32,29 @@ def _busy(root: Location, holder: str) -> UserError:
 
 
 @contextmanager
+def _usable(root: Location) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        hint = "a root is a folder that can be made and written to, or a prefix of a bucket that exists"
+        raise UserError(f"cannot use {root} as a root: {e.strerror or e}", hint) from e
+
+
+@contextmanager
 def _local_lock(root: Location) -> Iterator[None]:
     """``flock``: the kernel lets go when the holder dies, however it dies."""
-    root.path.mkdir(parents=True, exist_ok=True)
-    with (root.path / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            file.seek(0)
-            raise _busy(root, file.read().strip()) from e
-        file.truncate(0)
-        file.write(_holder())
-        file.flush()
+    with ExitStack() as stack:
+        with _usable(root):
+            root.path.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((root.path / ".lock").open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                file.seek(0)
+                raise _busy(root, file.read().strip()) from e
+            file.truncate(0)
+            file.write(_holder())
+            file.flush()
         yield
 
 
@@ -51,13 +65,23 @@ def _holder() -> str:
 @contextmanager
 def _s3_lock(root: Location, say: Callable[[str], None]) -> Iterator[None]:
     """A conditional PUT, renewed by a thread; taken over when its holder gave no sign for ``STALE_S``."""
-    lock = root / ".lock"
-    _take(root, lock, say)
+    with _usable(root):
+        held = _take(root, say)
     stop = threading.Event()
 
     def beat() -> None:
+        last = time.monotonic()
         while not stop.wait(BEAT_S):
-            lock.write(_beat())
+            try:
+                held.renew()
+                last = time.monotonic()
+            except (Conflict, FileNotFoundError):
+                say(f"another run took {root} over while this one gave no sign of life")
+                return
+            except OSError as e:
+                if time.monotonic() - last > STALE_S:
+                    say(f"no sign of life could be written to {root} for {STALE_S} s: {e}")
+                    return
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -66,27 +90,78 @@ def _s3_lock(root: Location, say: Callable[[str], None]) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        lock.delete()
+        held.release()
 
 
-def _beat() -> bytes:
-    return json.dumps({"holder": _holder(), "time": time.time()}).encode()
+class _Beat(NamedTuple):
+    """A sign of life: what a lock on S3 says."""
 
+    holder: str
+    time: float  # seconds since the epoch
+    token: str  # of one run, unlike any other's
 
-def _take(root: Location, lock: Location, say: Callable[[str], None]) -> None:
-    for _ in range(2):
+    @staticmethod
+    def now(token: str) -> bytes:
+        """One of this moment, as it is written."""
+        return json.dumps(_Beat(_holder(), time.time(), token)._asdict()).encode()
+
+    @staticmethod
+    def parse(data: bytes) -> "_Beat":
+        """What stands there; something damaged is the sign of nobody, long ago."""
         try:
-            lock.write_new(_beat())
+            found = json.loads(data)
+            return _Beat(str(found["holder"]), float(found["time"]), str(found.get("token", "")))
+        except (ValueError, TypeError, KeyError):
+            return _Beat("a lock that cannot be read", 0.0, "")
+
+
+@dataclass
+class _Held:
+    """Our lock on S3. Every write says which stamp it replaces, so that it never replaces another run's."""
+
+    lock: Location
+    token: str
+    stamp: str
+
+    def renew(self) -> None:
+        """Give a sign of life. Raises ``Conflict`` or FileNotFoundError when the lock is no longer ours."""
+        try:
+            self.stamp = self.lock.write_over(_Beat.now(self.token), self.stamp)
+        except Conflict:  # also when our last write arrived and its answer did not
+            self.stamp, found = _look(self.lock)
+            if found.token != self.token:
+                raise
+
+    def release(self) -> None:
+        """Delete the lock if it is ours: a renewed one is taken over by nobody. What fails here gets stale."""
+        try:
+            self.renew()
+            self.lock.delete()
+        except (Conflict, OSError):
             return
-        except Conflict:
-            try:
-                held = json.loads(lock.read())
-            except FileNotFoundError:
-                continue  # let go in between
-            age = time.time() - held["time"]
-            if age < STALE_S:
-                since = datetime.fromtimestamp(held["time"], UTC).isoformat(timespec="seconds")
-                raise _busy(root, f"{held['holder']}, alive at {since}") from None
-            say(f"taking over {root} from {held['holder']}, silent for {age:.0f} s")
-            lock.delete()
+
+
+def _look(lock: Location) -> tuple[str, _Beat]:
+    """The stamp first: what is written in between makes it an old one, which no conditional write replaces."""
+    return lock.entry().stamp, _Beat.parse(lock.read())
+
+
+def _take(root: Location, say: Callable[[str], None]) -> _Held:
+    lock, token = root / ".lock", uuid.uuid4().hex
+    for _ in range(3):  # somebody may let go, or be faster, in between
+        with suppress(Conflict):
+            lock.write_new(_Beat.now(token))
+        try:
+            stamp, found = _look(lock)
+            age = time.time() - found.time
+            if found.token != token and age < STALE_S:
+                since = datetime.fromtimestamp(found.time, UTC).isoformat(timespec="seconds")
+                raise _busy(root, f"{found.holder}, alive at {since}")
+            if found.token != token:
+                stamp = lock.write_over(_Beat.now(token), stamp)
+                silent = f", silent for {age:.0f} s" if found.time else ""
+                say(f"taking over {root} from {found.holder}{silent}")
+            return _Held(lock, token, stamp)
+        except (Conflict, FileNotFoundError):
+            continue
     raise _busy(root, "it came first")

@@ -6,83 +6,24 @@ get in, so equal artifacts give equal bytes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from curation.artifact import Artifact, pool_of, read_table
-from curation.execute import Executor
-from curation.store import Location
+from curation.artifact import Artifact, read_table
 from pipelines import drawings
+from pipelines import report_sections as sections
 from pipelines.drawings import Curve, Node
+from pipelines.report_run import Run, step_inputs
 
-MAX_SHOWN = 48  # upper limit of the settings that ask for pictures
 KINDS = {
     "pool": "source", "select": "choice", "dedup": "choice", "decontaminate": "choice", "sample": "choice",
     "embed": "vectors", "neighbors": "vectors", "cluster": "vectors", "shards": "source", "train": "model",
     "evaluate": "model", "report": "model",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """What the page is called and how much it shows."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    title: str = "What happened to the images"
-    labels: str = ""  # Parquet with columns source and label: classes that the pool itself does not know
-    n_pairs: int = 6  # pairs of each kind: most similar, least similar, drawn at random
-    n_images: int = 14  # images of a cluster
-    n_clusters: int = 24  # clusters with pictures, from the largest to the smallest
-    n_rejected: int = 6  # files of each reason
-    n_classes: int = 30  # classes with a bar, the most frequent
-    seed: int = 0  # of what is drawn at random
-
-    def __post_init__(self) -> None:
-        for name in ("n_pairs", "n_images", "n_clusters", "n_rejected", "n_classes"):
-            if not 0 <= getattr(self, name) <= MAX_SHOWN:
-                raise ValueError(f"report.{name} must be in 0..{MAX_SHOWN}: got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Run:
-    """The steps that the page is about, in the order of the recipe."""
-
-    steps: Mapping[str, Artifact]
-    config: ReportConfig
-    labels: Location | None  # the file of labels, if there is one
-    executor: Executor
-
-    @cached_property
-    def _at(self) -> dict[str, Artifact]:
-        return {artifact.location.uri: artifact for artifact in self.steps.values()}
-
-    def of(self, *stages: str) -> dict[str, Artifact]:
-        """The steps of some stages."""
-        return {name: artifact for name, artifact in self.steps.items() if artifact.stage in stages}
-
-    def pool(self, artifact: Artifact) -> Artifact:
-        """The pool behind an artifact, with its source where it is now."""
-        pool = pool_of(artifact)
-        return self._at.get(pool.location.uri, pool)
-
-    def name(self, artifact: Artifact) -> str:
-        """The step that made an artifact."""
-        return artifact.location.parent.name
-
-    def reading(self, artifact: Artifact, key: str, *stages: str) -> dict[str, Artifact]:
-        """The steps whose input ``key`` is ``artifact``."""
-        return {
-            name: step
-            for name, step in self.of(*stages).items()
-            if step.has_input(key) and step.manifest["inputs"][key]["digest"] == artifact.digest
-        }
 
 
 class Fact(NamedTuple):
@@ -94,8 +35,6 @@ class Fact(NamedTuple):
 
 def build_page(run: Run) -> str:
     """The whole page as HTML."""
-    from pipelines import report_sections as sections
-
     environment = Environment(
         loader=PackageLoader("pipelines", "templates"),
         autoescape=True,
@@ -117,11 +56,6 @@ def build_page(run: Run) -> str:
         scores=scores(run),
         backbones=backbones(run),
     )
-
-
-def step_inputs(artifact: Artifact) -> dict[str, str]:
-    """The step behind each input."""
-    return {key: entry["path"].split("/")[0] for key, entry in artifact.manifest["inputs"].items()}
 
 
 def picture(run: Run) -> Markup:
@@ -238,8 +172,3 @@ def backbones(run: Run) -> list[dict[str, Any]]:
 def settings(values: Mapping[str, Any]) -> str:
     """Settings in one line."""
     return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, False, 0.0))
-
-
-def best_of(found: Sequence[Any], n: int, key: Any) -> list[Any]:
-    """The first ``n`` by ``key``; the order of equals is theirs."""
-    return sorted(found, key=key)[:n]

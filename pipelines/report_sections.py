@@ -14,7 +14,7 @@ from curation.embeddings import embedding_parts
 from curation.selection import read_selection
 from curation.sources import source_root
 from pipelines import drawings
-from pipelines.report import Run, best_of, step_inputs
+from pipelines.report_run import Run, best_of, step_inputs
 from pipelines.stages.cluster import labels_of_level
 from pipelines.thumbnails import make_thumbs, rejected_thumb
 

@@ -16,6 +16,7 @@ from curation.store import Entry, Location
 Item = TypeVar("Item")
 Inputs = Mapping[str, Any]
 SCRATCH = "scratch"
+SELECTIONS = ("select", "dedup", "decontaminate", "sample")  # stages whose output says which rows go on
 FOUND = "(found)"  # among the inputs: what ``look`` made of its listing; no step can have this name
 
 

@@ -12,7 +12,7 @@ from curation.execute import Executor
 from curation.selection import read_selection, rows_among, write_selection
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.stage import Inputs, Output, Stage
+from pipelines.stage import SELECTIONS, Inputs, Output, Stage
 from pipelines.stages.dedup import check_drop
 from pipelines.stages.neighbors import Base, based_parts, nearest_in_base
 
@@ -81,5 +81,5 @@ STAGE = Stage(
     run=run,
     reads={"embeddings": ("embed",), "reference": ("embed",)},
     through=("embeddings.pool", "reference.pool"),
-    optional={"selection": ("select", "dedup", "decontaminate", "sample")},
+    optional={"selection": SELECTIONS},
 )

@@ -19,7 +19,7 @@ from curation.sources import read_checked, source_root
 from curation.store import Entry, Location, file_sha256
 from embedding.config import EmbedConfig
 from pipelines.recipe import STEP
-from pipelines.stage import Inputs, Output, Stage
+from pipelines.stage import SELECTIONS, Inputs, Output, Stage
 from pipelines.stages.pool import check_bad
 
 CHUNK = 256  # images whose bytes are in memory at a time: a multiple of embedding.embed.BATCH_IMAGES
@@ -141,7 +141,7 @@ STAGE = Stage(
     config=EmbedConfig,
     run=run,
     reads={"pool": ("pool",)},
-    optional={"selection": ("select", "dedup", "decontaminate", "sample")},
+    optional={"selection": SELECTIONS},
     step_or_value={"backbone": ("train",)},
     look=look,
 )

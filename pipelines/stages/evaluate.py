@@ -1,14 +1,18 @@
 """``evaluate``: k-NN accuracy of an encoder, with one labelled pool as the bank and another as the queries."""
 
+import operator
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, read_table, write_table
 from curation.embeddings import EmbeddingsPart
-from curation.execute import Executor
+from curation.execute import Executor, on_worker
+from curation.selection import write_selection
 from curation.store import Location
 from embedding.decode import MAX_PIXELS
 from pipelines.errors import UserError
@@ -22,65 +26,90 @@ from training.probes import knn_vote
 class Bank(NamedTuple):
     """Labelled vectors that vote."""
 
-    base: Base
-    labels: np.ndarray  # int32 (n,), class of each row of the bank's pool, -1 without a label
+    base: Base  # the labelled rows alone
     classes: list[str]
 
 
 def run(config: EvaluateConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
     """Write the label and the prediction of every query; the accuracy is a fact of the artifact."""
     pools: dict[str, Artifact] = {name: inputs[name] for name in ("bank", "queries")}
+    labelled = Artifact(out.scratch("labelled"))
+    classes = find_classes(pools["bank"], labelled, executor)
     device = "cuda" if executor_gpus(executor) else "cpu"
     model = Model(config.backbone, inputs.get("backbone"), config.pooling, device)
-    parts = {name: embedded(model, pool, name, out, executor) for name, pool in pools.items()}
-    classes, labels = bank_labels(pools["bank"])
+    voters = embedded(model, pools["bank"], labelled, "bank", out, executor)
+    asked = embedded(model, pools["queries"], None, "queries", out, executor)
+    labels = on_worker(executor, bank_labels, {"pool": pools["bank"], "classes": classes})
     starts = pools["bank"].starts
-    bank = Bank([(int(starts[i]), part) for i, part in enumerate(parts["bank"])], labels, classes)
-    items = list(enumerate(parts["queries"]))
-    work = partial(predict_part, config=config, queries=pools["queries"], out=out.location)
-    out.make(work, items, [[part_name(i)] for i, _ in items], shared={"bank": bank})
+    bank = Bank([(int(starts[i]), part) for i, part in enumerate(voters)], classes)
+    items = list(enumerate(asked))
+    work = partial(predict_part, config=config, queries=pools["queries"], bank=bank, out=out.location)
+    out.make(work, items, [[part_name(i)] for i, _ in items], shared={"labels": labels})
     counts = add_counts(file.counts for file in out.files)
     out.facts |= {"accuracy": counts["correct"] / counts["rows"], "n_classes": len(classes)}
     return counts
 
 
-def embedded(model: Model, pool: Artifact, name: str, out: Output, executor: Executor) -> list[EmbeddingsPart]:
-    """The vectors of a pool, kept in scratch for as long as the step runs."""
+def find_classes(pool: Artifact, labelled: Artifact, executor: Executor) -> list[str]:
+    """The classes of the bank, sorted by name; its labelled rows become a selection. Raises UserError without any."""
+    work = partial(classes_of_part, pool=pool, labelled=labelled)
+    classes: set[str] = executor.reduce(work, range(len(pool.parts)), operator.or_).get()
+    if not classes:
+        raise UserError(
+            "the bank must have labels: got none",
+            "put its images in one folder a class, or name the metadata column with label_column",
+        )
+    return sorted(classes)
+
+
+def classes_of_part(index: int, pool: Artifact, labelled: Artifact) -> set[str]:
+    """The labels in one part; which rows have one is written down."""
+    label = read_table(pool.part(index), ["label"])["label"]
+    write_selection(labelled.part(index), np.arange(len(label)), label.is_valid().to_numpy())
+    return set(label.drop_null().unique().to_pylist())
+
+
+def embedded(
+    model: Model, pool: Artifact, selection: Artifact | None, name: str, out: Output, executor: Executor
+) -> list[EmbeddingsPart]:
+    """The vectors of a pool, kept in scratch for as long as the step runs. Raises UserError when there are none."""
     side = Output(out.scratch(name), executor)
-    embed_pool(model, pool, None, MAX_PIXELS, side, executor)
+    embed_pool(model, pool, selection, MAX_PIXELS, side, executor)
     out.facts["backbone"] = side.facts["backbone"]
     sizes = {file.name: file.rows for file in side.files}
     parts, first = [], 0
     for i in range(len(pool.parts)):
         parts.append(EmbeddingsPart(side.location / part_name(i), sizes[part_name(i)], first))
         first += sizes[part_name(i)]
+    if first == 0:
+        kind = "images" if selection is None else "labelled images"
+        raise UserError(f"the {name} must have {kind} that decode: got none", "see why in what embed says of this pool")
     return parts
 
 
-def bank_labels(pool: Artifact) -> tuple[list[str], np.ndarray]:
-    """Classes, sorted by name, and the class of every row: 4 bytes each. Raises UserError without labels."""
-    encoded = [read_table(pool.part(i), ["label"])["label"] for i in range(len(pool.parts))]
-    classes = sorted({str(label) for column in encoded for label in column.unique().to_pylist() if label is not None})
-    if not classes:
-        raise UserError(
-            "the bank must have labels: got none",
-            "put its images in one folder a class, or name the metadata column with label_column",
-        )
-    known = pa.array(classes)
-    found = [pa.compute.index_in(column, known).fill_null(-1).to_numpy() for column in encoded]
-    return classes, np.concatenate(found).astype(np.int32)
+def bank_labels(pool: Artifact, classes: list[str]) -> np.ndarray:
+    """The class of every row, int32 (n,), -1 without a label: the one task that holds O(rows), 4 bytes each."""
+    labels = np.empty(int(pool.starts[-1]), np.int32)
+    for i, (start, stop) in enumerate(pairwise(pool.starts.tolist())):
+        found = pc.index_in(read_table(pool.part(i), ["label"])["label"], pa.array(classes))
+        labels[start:stop] = found.fill_null(-1).to_numpy()
+    return labels
 
 
 def predict_part(
-    item: tuple[int, EmbeddingsPart], config: EvaluateConfig, queries: Artifact, out: Location, bank: Bank
+    item: tuple[int, EmbeddingsPart],
+    config: EvaluateConfig,
+    queries: Artifact,
+    bank: Bank,
+    out: Location,
+    labels: np.ndarray,
 ) -> FileInfo:
     """The vote on every query of a part."""
     index, part = item
     rows, x = part.read()
     best = nearest_in_base(x, bank.base, config.n_neighbors)
-    voter = bank.labels[np.maximum(best.row_ids, 0)]
-    similarity = np.where((best.row_ids >= 0) & (voter >= 0), best.similarity, -np.inf)
-    predicted = knn_vote(np.maximum(voter, 0), similarity, len(bank.classes), config.temperature)
+    voter = labels[np.maximum(best.row_ids, 0)]  # of a place that nobody takes, any: its similarity is -inf
+    predicted = knn_vote(voter, best.similarity, len(bank.classes), config.temperature)
     label = read_table(queries.part(index), ["label"])["label"].take(pa.array(rows))
     names = pa.array(bank.classes).take(pa.array(predicted))
     n_right = sum(a == b for a, b in zip(label.to_pylist(), names.to_pylist(), strict=True))
@@ -90,7 +119,7 @@ def predict_part(
 
 
 STAGE = Stage(
-    version=1,
+    version=2,
     config=EvaluateConfig,
     run=run,
     reads={"bank": ("pool",), "queries": ("pool",)},

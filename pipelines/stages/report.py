@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from curation.artifact import Artifact, Counts, describe
 from curation.execute import Executor
 from curation.store import Entry, Location, file_sha256
-from pipelines.report import ReportConfig, Run, build_page
+from pipelines.report import build_page
+from pipelines.report_run import ReportConfig, Run
 from pipelines.stage import FOUND, Inputs, Output, Stage
 
 PAGE = "index.html"
@@ -30,4 +31,4 @@ def run(config: ReportConfig, inputs: Inputs, out: Output, executor: Executor) -
     return {"rows": len(steps), "kept": len(steps), "dropped": 0, "bad": 0}
 
 
-STAGE = Stage(version=1, config=ReportConfig, run=run, reads_all=True, locations=("labels",), look=look)
+STAGE = Stage(version=2, config=ReportConfig, run=run, reads_all=True, locations=("labels",), look=look)

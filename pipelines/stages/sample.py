@@ -20,23 +20,28 @@ def run(config: SampleConfig, inputs: Inputs, out: Output, executor: Executor) -
     tree: Artifact = inputs["hierarchy"]
     n_clusters: list[int] = tree.facts["n_clusters"]
     locations = [tree.part(i) for i in range(len(tree.parts))]
-    sizes = executor.reduce(partial(leaf_sizes, n_leaves=n_clusters[0]), locations, np.add).get()
-    upper = [labels_of_level(tree, t) for t in range(1, len(n_clusters))]
-    quotas = leaf_quotas(sizes, upper, config.target, config.seed, config.max_copies)
+    sizes = executor.reduce(partial(leaf_sizes, n_leaves=n_clusters[0]), locations, np.add)
+    share = partial(share_target, tree=tree, n_levels=len(n_clusters), config=config)
+    quotas = on_worker(executor, share, {"sizes": sizes})
     draw = partial(draw_rows, locations=locations, config=config)
     counts = on_worker(executor, draw, {"quotas": quotas})
     starts = tree.starts
     items = [(i, int(starts[i])) for i in range(len(locations))]
     work = partial(write_part, tree=tree, out=out.location)
     out.make(work, items, [[part_name(i)] for i, _ in items], shared={"quotas": quotas, "counts": counts})
-    total = add_counts(file.counts for file in out.files)
-    return {**total, "bad": 0, "drawn": int(quotas.sum())}
+    return {"bad": 0, **add_counts(file.counts for file in out.files)}
 
 
 def leaf_sizes(location: Location, n_leaves: int) -> np.ndarray:
     """Rows of each leaf in one part, int64 (n_leaves,)."""
     sizes: np.ndarray = np.bincount(read_table(location, ["label"])["label"].to_numpy(), minlength=n_leaves)
     return sizes
+
+
+def share_target(sizes: np.ndarray, tree: Artifact, n_levels: int, config: SampleConfig) -> np.ndarray:
+    """How many rows each leaf gives, int64 (n_leaves,): the one task that holds the labels of all upper levels."""
+    upper = [labels_of_level(tree, t) for t in range(1, n_levels)]
+    return leaf_quotas(sizes, upper, config.target, config.seed, config.max_copies)
 
 
 def draw_rows(locations: Sequence[Location], config: SampleConfig, quotas: np.ndarray) -> np.ndarray:
@@ -60,10 +65,11 @@ def write_part(
         out / part_name(index),
         table["row"].to_numpy(),
         count > 0,
+        {"drawn": int(count.sum())},
         count=pa.array(count, pa.int32()),
         cluster=pa.array(labels),
         quota=pa.array(quotas[labels]),
     )
 
 
-STAGE = Stage(version=1, config=SampleConfig, run=run, reads={"hierarchy": ("cluster",)})
+STAGE = Stage(version=2, config=SampleConfig, run=run, reads={"hierarchy": ("cluster",)})

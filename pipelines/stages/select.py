@@ -11,7 +11,7 @@ from curation.select import SelectConfig
 from curation.selection import read_selection, write_selection
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.stage import Inputs, Output, Stage
+from pipelines.stage import SELECTIONS, Inputs, Output, Stage
 
 
 def run(config: SelectConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
@@ -56,5 +56,5 @@ STAGE = Stage(
     config=SelectConfig,
     run=run,
     reads={"pool": ("pool",)},
-    optional={"selection": ("select", "dedup", "decontaminate", "sample")},
+    optional={"selection": SELECTIONS},
 )

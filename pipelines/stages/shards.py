@@ -23,7 +23,7 @@ from curation.shards import (
 from curation.sources import read_checked, source_root
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.stage import Inputs, Output, Stage, whole_files
+from pipelines.stage import SELECTIONS, Inputs, Output, Stage, whole_files
 
 
 class Group(NamedTuple):
@@ -152,5 +152,5 @@ STAGE = Stage(
     config=ShardsConfig,
     run=run,
     reads={"pool": ("pool",)},
-    optional={"selection": ("select", "dedup", "decontaminate", "sample")},
+    optional={"selection": SELECTIONS},
 )

@@ -31,6 +31,24 @@ def ratio(centroids):
     return (centroids[:, 0] < 3).sum() / (centroids[:, 0] > 3).sum()
 
 
+def test_settings_may_be_positional_and_numpy():
+    x = np.random.default_rng(1).normal(size=(200, 3))
+    rng = np.random.default_rng
+    expected = hierarchical_kmeans(x, [20, 4], rng(0), n_resamples=2, resample_size=[5, 3], n_iter=3)
+    given = [
+        ([20, 4], 2, [5, 3]), ((20, 4), np.int64(2), (5, 3)), (np.array([20, 4]), np.int32(2), np.array([5, 3], "i2")),
+        (np.array([20, 4], "u1"), np.array([2, 2]), [np.int64(5), 3]),
+    ]  # fmt: skip
+    for n_clusters, n_resamples, resample_size in given:
+        found = hierarchical_kmeans(x, n_clusters, rng(0), n_resamples, resample_size, 3)
+        for level, same in zip(found.levels, expected.levels, strict=True):
+            np.testing.assert_array_equal(level.centroids, same.centroids)
+    one, same = (hierarchical_kmeans(x, [20], rng(0), 1, size, 3).levels[0] for size in (np.int64(4), 4))
+    np.testing.assert_array_equal(one.centroids, same.centroids)
+    with pytest.raises(TypeError, match="integer"):
+        hierarchical_kmeans(x, [20.5], rng(0))
+
+
 # Zador (1982): the best centroids of a density p have density p ** (d / (d + 2)).
 def test_kmeans_flattens_density_by_zadors_exponent():
     rng = np.random.default_rng(0)

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from curation.hierarchy import Hierarchy, Level, group_rows
-from curation.sampling import SampleConfig, draw_leaf, equal_shares, leaf_quotas, ragged_shares, sample_hierarchy
+from curation.sampling import (
+    SampleConfig,
+    child_luck,
+    draw_leaf,
+    equal_shares,
+    leaf_quotas,
+    ragged_shares,
+    sample_hierarchy,
+    split_mix,
+)
 
 # sizes, target, copies -> base shares, remainder, children that may get one more
 QUOTAS = [
@@ -79,7 +88,7 @@ def test_ragged_shares_are_the_shares_of_each_group():
         counts = rng.integers(0, 6, size=int(rng.integers(1, 9)))  # empty groups, first and last too
         offsets = np.concatenate([[0], np.cumsum(counts)])
         sizes, targets = rng.integers(0, 30, size=counts.sum()), rng.integers(0, 90, size=len(counts))
-        shares = ragged_shares(sizes, offsets, targets, rng, 2)
+        shares = ragged_shares(sizes, offsets, targets, rng.random(len(sizes)), 2)
         for g, (a, b) in enumerate(itertools.pairwise(offsets)):
             assert sorted(shares[a:b].tolist()) == greedy_shares((2 * sizes[a:b]).tolist(), int(targets[g]))
 
@@ -175,6 +184,50 @@ def test_draws_are_keyed_by_seed_and_leaf():
     assert not np.array_equal(*(np.bincount(labels, quota) for quota in quotas[1:]))
 
 
+def test_one_more_child_changes_no_draw_in_another_node():
+    """Each of three nodes gives one of its equal children one more; the first node then gets a child."""
+    target = 3 * 19
+    before = leaf_quotas(np.full(18, 9), [np.repeat([0, 1, 2], 6)], target, 5)
+    after = leaf_quotas(np.full(19, 9), [np.repeat([0, 1, 2], [7, 6, 6])], target, 5)
+    assert before.reshape(3, 6).sum(axis=1).tolist() == [19, 19, 19]
+    np.testing.assert_array_equal(after[7:], before[6:])
+    np.testing.assert_array_equal(child_luck(5, 1, np.array([0, 6, 9]))[:6], child_luck(5, 1, np.array([0, 7, 9]))[:6])
+
+
+def test_the_remainder_of_nodes_is_uniform_over_their_children():
+    """20,000 nodes of seven children, two of which get one more; then one node and as many seeds."""
+    n, extra = 20_000, 2
+    nodes = leaf_quotas(np.full(7 * n, 50), [np.repeat(np.arange(n), 7)], n * (7 * 3 + extra), 1).reshape(n, 7) - 3
+    seeds = np.array([leaf_quotas(np.full(7, 50), [np.zeros(7, int)], 7 * 3 + extra, seed) for seed in range(3000)]) - 3
+    for more in (nodes, seeds):
+        assert (more.sum(axis=1) == extra).all()
+        deviation = 5 * np.sqrt(len(more) * extra / 7 * (1 - extra / 7))
+        np.testing.assert_allclose(more.sum(axis=0), len(more) * extra / 7, atol=deviation)
+        pairs = more.T @ more  # and every pair of children as often as any other
+        np.testing.assert_allclose(pairs[~np.eye(7, dtype=bool)], len(more) / 21, atol=5 * np.sqrt(len(more) / 21))
+
+
+def test_luck_is_keyed_by_seed_level_node_and_child():
+    offsets = np.array([0, 3, 3, 8])
+    lucks = [child_luck(seed, level, offsets) for seed in (0, 1, 2**70) for level in (1, 2)]
+    assert all(luck.dtype == np.uint64 and len(luck) == 8 for luck in lucks)
+    assert len(np.unique(np.concatenate(lucks))) == 48
+    assert len(child_luck(0, 1, np.array([0]))) == 0
+
+
+def test_split_mix_gives_the_published_numbers():
+    """The first outputs of the generator with seed 1234567: its counter is the seed plus steps."""
+    counters = np.uint64(1234567) + np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert split_mix(counters).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@pytest.mark.parametrize("target", [25, 25.0, np.float32(25), np.int32(25)])
+@pytest.mark.parametrize("kind", ["i4", "u8", "f4"])
+def test_shares_are_integers_for_whole_floats(target, kind):
+    shares = equal_shares(np.array([10, 20, 5], kind), target, np.random.default_rng(0))
+    assert shares.dtype == np.int64 and shares.tolist() == [10, 10, 5]
+
+
 def test_a_random_leaf_is_uniform():
     times = np.zeros(7)
     for seed in range(3000):
@@ -196,6 +249,12 @@ def test_large_targets_do_not_overflow():
         (lambda h, rng: sample_hierarchy(h, -5, rng), "target -5"),
         (lambda h, rng: sample_hierarchy(h, 5, rng, max_copies=0), "max_copies 0"),
         (lambda h, rng: equal_shares(np.array([3, -1]), 2, rng), "sizes from -1"),
+        (lambda h, rng: equal_shares(np.array([3, 1]), 2.5, rng), "target must be whole numbers: 1 of 1 .* first 2.5"),
+        (lambda h, rng: equal_shares(np.array([3, 0.5]), 2, rng), "sizes must be whole numbers: 1 of 2 .* first 0.5"),
+        (lambda h, rng: equal_shares(np.array([3, 1]), float("nan"), rng), "target must be whole .* first nan"),
+        (lambda h, rng: equal_shares(np.array([3, np.inf]), 2, rng), "sizes must be whole .* first inf"),
+        (lambda h, rng: equal_shares(["3"], 2, rng), "sizes must be whole numbers: got <U1"),
+        (lambda h, rng: sample_hierarchy(h, 2.5, rng), "target must be whole numbers"),
         (lambda h, rng: draw_leaf(np.arange(0), 2, 0, 9), "quota 0: got 2 for leaf 9"),
         (lambda h, rng: SampleConfig(target=0), "sample.target must be at least 1: got 0"),
         (lambda h, rng: SampleConfig(target=1, max_copies=0), "sample.max_copies must be at least 1: got 0"),

@@ -71,3 +71,11 @@ def test_rows_that_are_not_covered_are_named(rows, covered, words):
     with pytest.raises(ValueError, match=words):
         rows_among(np.array(rows), np.array(covered, int), "labels")
     assert len(rows_among(np.zeros(0, int), np.array(covered, int), "labels")) == 0
+
+
+def test_bad_rows_are_counted_and_not_listed(tmp_path):
+    info = write_selection(
+        Location(str(tmp_path / "p.parquet")), np.arange(4), np.arange(4) < 1, {"bad": 2, "drawn": 3}
+    )
+    assert info.rows == 4
+    assert info.counts == {"rows": 6, "kept": 1, "dropped": 3, "bad": 2, "drawn": 3}

@@ -128,7 +128,7 @@ def test_names_that_are_no_utf8_are_named(tmp_path):
 
 @pytest.mark.parametrize("part_rows", [1, 2, 3, 100])
 def test_units_cover_the_listing_in_order(place, part_rows):
-    names = ["a.jpg", "b.jpg", "c.jpg", "d.tar", "e.jpg", "f.PARQUET", "g.parquet", "h.jpg", "i.jpg", "j.tar.gz"]
+    names = ["a.jpg", "b.jpg", "c.jpg", "d.tar", "e.jpg", "f.PARQUET", "g.parquet", "h.jpg", "i.jpg", "j.gz"]
     for name in names:
         (place / name).write(b"")
     units = plan_units(list_source(place), part_rows)
@@ -138,8 +138,34 @@ def test_units_cover_the_listing_in_order(place, part_rows):
     if part_rows == 3:
         assert [unit.names for unit in units] == [
             ("a.jpg", "b.jpg", "c.jpg"), ("d.tar",), ("e.jpg",), ("f.PARQUET",), ("g.parquet",),
-            ("h.jpg", "i.jpg", "j.tar.gz"),
+            ("h.jpg", "i.jpg", "j.gz"),
         ]  # fmt: skip
+
+
+def test_what_runs_wrote_below_the_source_is_ignored(place):
+    images = ["a.jpg", "runs.jpg", "mine/run.json.jpg", "other/b.jpg"]
+    written = ["runs/run.json", "runs/web/0123/part-0000000.parquet", "runs/shards/4567/shard-0000000.tar", "x/y/z.jpg"]
+    for name in images + written:
+        (place / name).write(b"")
+    for name in ("runs/run.json", "x/run.json"):
+        (place / name).write(json.dumps({"seed": 0, "steps": {}}).encode())
+    for name in ("other/run.json", "mine/run.json"):  # somebody else's files of this name
+        (place / name).write(b"{" if name < "n" else b'{"lr": 1}')
+    listing = list_source(place)
+    assert [entry.name for entry in listing.entries] == sorted(images) and listing.ignored == 7
+    with pytest.raises(ValueError, match=r"runs must not be the root of a run, .*: it holds run\.json"):
+        list_source(place / "runs")
+    assert list_source(place / "runs/shards").entries  # what a run made may be a source
+    assert sources.ROOT_FILE == "run.json"
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tgz", "b/A.TAR.GZ"])
+def test_compressed_archives_are_refused(place, name):
+    (place / "x.jpg").write(b"1")
+    (place / name).write(b"2")
+    for source in (place, place / name):
+        with pytest.raises(ValueError, match=f"must be unpacked to .tar or to files: 1 in .*, first .*{name[-4:]}$"):
+            list_source(source)
 
 
 # tars
@@ -202,6 +228,16 @@ def test_side_files_of_a_key_go_to_all_its_images(tmp_path):
         (b"8", "upper", None),
     ]  # fmt: skip
     assert json.loads(records[0].metadata) == note and records[3].metadata is None
+
+
+def test_without_a_label_the_folder_in_the_tar_is_one(tmp_path):
+    members = [
+        ("c3/12.jpg", b"1"), ("./train/c4/13.jpg", b"2"), ("./14.jpg", b"3"), ("../15.jpg", b"4"), ("/16.jpg", b"5"),
+        ("c5/17.jpg", b"6"), ("c5/17.cls", b"7"), ("c5/18.jpg", b"8"), ("c5/18.json", b'{"label": "cat"}'),
+        ("c6/19.jpg", b"9"), ("c6/19.json", b'{"n": 1}'), ("20.jpg", b"10"),
+    ]  # fmt: skip
+    labels = [record.label for record in scan_tar(tmp_path, make_tar(members))]
+    assert labels == ["c3", "c4", None, None, None, "7", "cat", "c6", None]
 
 
 def test_the_label_column_is_looked_up_in_the_metadata(tmp_path):

@@ -133,6 +133,19 @@ def test_write_new_loses_against_what_is_there(place):
     assert (place / "lock").read() == b"third"
 
 
+def test_write_over_replaces_what_has_the_stamp(on_s3):
+    lock = on_s3 / "x"
+    with pytest.raises(FileNotFoundError):
+        lock.write_over(b"0", "0" * 32)
+    lock.write_new(b"1")
+    stamp = lock.write_over(b"2", lock.entry().stamp)
+    assert (lock.read(), lock.entry().stamp) == (b"2", stamp)
+    lock.write(b"3")
+    with pytest.raises(Conflict):
+        lock.write_over(b"4", stamp)
+    assert lock.read() == b"3"
+
+
 def test_of_many_at_once_one_makes_the_new_file(place):
     won = []
 

@@ -11,7 +11,8 @@ from tiny import make_images, recipe
 from curation.artifact import Artifact
 from curation.store import Location
 from pipelines.engine import StepResult, run_recipe
-from pipelines.executor import LocalExecutor, RayExecutor, Resources
+from pipelines.executor import LocalExecutor, Resources
+from pipelines.ray_executor import RayExecutor
 from pipelines.recipe import Recipe, parse_recipe
 from pipelines.stages.table import STAGES
 

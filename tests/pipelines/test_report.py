@@ -18,7 +18,8 @@ from pipelines import drawings
 from pipelines.engine import read_root, run_recipe
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
-from pipelines.report import ReportConfig, Run, build_page
+from pipelines.report import build_page
+from pipelines.report_run import ReportConfig, Run
 from pipelines.report_sections import balance
 from pipelines.stages.report import STAGE
 from pipelines.stages.table import STAGES

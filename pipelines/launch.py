@@ -1,0 +1,44 @@
+"""Runs a recipe with an executor of the user's choice and shows its progress."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from curation.store import Location
+from pipelines.engine import StepResult, run_recipe
+from pipelines.errors import UserError
+from pipelines.executor import LocalExecutor, Resources
+from pipelines.progress import StepProgress
+from pipelines.ray_executor import RayExecutor
+from pipelines.recipe import Recipe
+
+
+def run_steps(
+    recipe: Recipe, root: Location, executor: str, address: str | None, until: str | None = None, quiet: bool = False
+) -> Iterator[StepResult]:
+    """Run a recipe with progress on stderr; each step's result as it is there."""
+    with open_executor(executor, address, recipe.resources) as engine, StepProgress(quiet) as progress:
+        for result in run_recipe(recipe, root, engine, until, progress.start, progress.say):
+            progress.stop()
+            progress.say(result_line(result))
+            yield result
+
+
+@contextmanager
+def open_executor(name: str, address: str | None, resources: Resources) -> Iterator[LocalExecutor | RayExecutor]:
+    """The executor of a run, closed at its end."""
+    if name not in ("serial", "ray"):
+        raise UserError(f"--executor must be serial or ray: got {name!r}", "ray uses every core, serial only this one")
+    if name == "serial" and address:
+        raise UserError("--address needs --executor ray: got serial", "add --executor ray")
+    engine = LocalExecutor(resources) if name == "serial" else RayExecutor(resources, address or "local")
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def result_line(result: StepResult) -> str:
+    """One step in one line."""
+    counts = " ".join(f"{name} {value:,}" for name, value in result.counts.items())
+    time = f" {result.seconds:.1f} s" if result.seconds else ""
+    return f"{result.name:<12} {result.stage:<14} {result.state}{time}  {counts}"
