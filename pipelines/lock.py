@@ -128,9 +128,10 @@ class _Held:
         try:
             self.stamp = self.lock.write_over(_Beat.now(self.token), self.stamp)
         except Conflict:  # also when our last write arrived and its answer did not
-            self.stamp, found = _look(self.lock)
+            stamp, found = _look(self.lock)
             if found.token != self.token:
                 raise
+            self.stamp = stamp
 
     def release(self) -> None:
         """Delete the lock if it is ours: a renewed one is taken over by nobody. What fails here gets stale."""

@@ -112,7 +112,7 @@ def test_of_two_that_take_over_one_gets_it(on_s3, monkeypatch):
         return seen
 
     monkeypatch.setattr(lock, "_look", late)
-    with pytest.raises(UserError, match="another run works on .* process 7 on elsewhere"), lock_root(on_s3, print):
+    with pytest.raises(UserError, match=r"another run works on .* process 7 on elsewhere"), lock_root(on_s3, print):
         pass
     assert (on_s3 / ".lock").read() == theirs
 
@@ -125,7 +125,7 @@ def test_what_cannot_be_a_root_is_one_sentence(tmp_path, s3, monkeypatch):
         with pytest.raises(UserError, match=f"^cannot use {root} as a root: {words}$"), lock_root(root, print):
             pass
     with (
-        pytest.raises(UserError, match="^cannot use s3://nobody/x as a root: .*NoSuchBucket"),
+        pytest.raises(UserError, match=r"^cannot use s3://nobody/x as a root: .*NoSuchBucket"),
         lock_root(Location("s3://nobody/x"), print),
     ):
         pass
