@@ -7,28 +7,30 @@ something is an image is told later, by its bytes.
 """
 
 import hashlib
-import io
 import json
-import os
-import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.store import Entry, Location, RangeFile
-
-# Files that stand beside images and never are one; they are counted as ignored.
-METADATA_SUFFIXES = frozenset(
-    f".{name}" for name in "json jsonl txt csv tsv md rst xml yaml yml html cls npy npz log sha256 index py".split()
+from curation.tars import (
+    CAPTION_COLUMNS,
+    METADATA_SUFFIXES,
+    Record,
+    json_text,
+    parent_folder,
+    read_tar,
+    text_of,
+    utf8_text,
 )
+
 ARCHIVE_SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")  # bytes in them have no offset
 ROOT_FILE = "run.json"  # what a run writes at its root: below such a folder are its own files, no images to look at
-CAPTION_COLUMNS = ("caption", "text")
 COALESCE_GAP = 1 << 18  # bytes between two ranges of one object that are cheaper read than asked for apart
 COALESCE_BYTES = 1 << 26  # of one such request, unless one image is larger
 
@@ -41,19 +43,6 @@ class Unit(NamedTuple):
     first: int = 0  # first row group, for "parquet"
     stop: int = 0  # one after the last row group
     first_row: int = 0  # rows of the file before the first row group
-
-
-class Record(NamedTuple):
-    """One candidate image. ``data`` is None where the container broke off, and ``detail`` says how."""
-
-    source: str  # file, relative to the source root
-    member: str | None  # name inside a tar or a Parquet file
-    offset: int | None  # of the bytes in a tar; row number in a Parquet file; None for a file of its own
-    data: bytes | None
-    label: str | None = None
-    caption: str | None = None
-    metadata: str | None = None  # JSON
-    detail: str = ""
 
 
 class Listing(NamedTuple):
@@ -84,11 +73,11 @@ def list_source(source: Location) -> Listing:
         raise ValueError(f"{source} must not be the root of a run, where its own files are: it holds {ROOT_FILE}")
     wanted = [entry for entry in entries if _is_candidate(entry.name) and not entry.name.startswith(runs)]
     packed = [entry.name for entry in wanted if entry.name.lower().endswith(ARCHIVE_SUFFIXES)]
-    if packed:
+    if packed and len(packed) == len(wanted):  # a stray one among images is one undecodable file
         raise ValueError(
             f"compressed archives must be unpacked to .tar or to files: {len(packed)} in {source}, first {packed[0]}"
         )
-    odd = [entry.name for entry in wanted if _utf8(entry.name) != entry.name]
+    odd = [entry.name for entry in wanted if utf8_text(entry.name) != entry.name]
     if odd:
         raise ValueError(f"file names must be UTF-8: {len(odd)} below {source} are not, first {odd[0]!r}")
     return Listing(root, wanted, len(entries) - len(wanted))
@@ -104,7 +93,7 @@ def _roots_of_runs(root: Location, entries: Sequence[Entry]) -> Iterator[str]:
     for entry in entries:
         folder, _, name = entry.name.rpartition("/")
         if name == ROOT_FILE:
-            noted = json.loads(_json_text((root / entry.name).read()) or "null")
+            noted = json.loads(json_text((root / entry.name).read()) or "null")
             if isinstance(noted, dict) and "steps" in noted:
                 yield folder + "/" if folder else ""
 
@@ -172,116 +161,6 @@ def read_unit(root: Location, unit: Unit, image_column: str, label_column: str) 
             yield from _read_row_groups(file, unit, image_column, label_column)
 
 
-def parent_folder(name: str) -> str | None:
-    """The folder that a file is in, its label when nothing else says one; None without a folder."""
-    folder = name.rpartition("/")[0].rpartition("/")[2]
-    return None if folder in ("", ".", "..") else folder
-
-
-def read_tar(path: Path, source: str, label_column: str) -> Iterator[Record]:
-    """The images of a tar, each with what the members of the same WebDataset key say about it.
-
-    Member names are data, never paths. A tar that breaks off ends with a record without data.
-    """
-    images: list[Record] = []
-    side: dict[str, bytes] = {}
-    last_key, broken = "", ""
-    try:
-        for member, data in _tar_members(path):
-            key, suffix = split_key(member.name)
-            if key != last_key:
-                yield from _with_side(images, side, label_column)
-                images, side, last_key = [], {}, key
-            if f".{suffix.rpartition('.')[2]}".lower() in METADATA_SUFFIXES:
-                side[suffix.lower()] = data or b""
-            else:
-                detail = "" if data is not None else "a sparse member of a tar"
-                images.append(Record(source, _utf8(member.name), member.offset_data, data, detail=detail))
-    except tarfile.TarError as e:
-        broken = str(e)
-    yield from _with_side(images, side, label_column)
-    if broken:
-        yield Record(source, None, None, None, detail=broken)
-
-
-def split_key(name: str) -> tuple[str, str]:
-    """``("a/0001", "seg.png")`` for ``a/0001.seg.png``: WebDataset's rule, at the first dot of the last piece."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix
-
-
-def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Regular members with their bytes (None for a sparse one). Raises tarfile.TarError where the tar breaks off."""
-    size = path.stat().st_size
-    n_read = 0
-    try:
-        with _Headers(path) as heads, tarfile.open(fileobj=heads, mode="r:") as tar, path.open("rb") as file:
-            for member in tar:
-                end = member.offset_data + (member.size if member.isreg() and not member.issparse() else 0)
-                if not member.offset_data <= min(end, tar.offset) or max(end, tar.offset - tarfile.BLOCKSIZE) > size:
-                    raise tarfile.ReadError(f"member {member.name!r} needs bytes that the file does not have")
-                if member.isreg():
-                    file.seek(member.offset_data)
-                    yield member, None if member.issparse() else file.read(member.size)
-                    n_read += 1
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps every header it has seen
-            _check_end(file, tar.offset)
-    except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as e:  # tarfile lets some pass for bad headers
-        raise tarfile.ReadError(f"tar breaks off after {n_read} members: {e}") from e
-
-
-class _Headers(io.FileIO):
-    """A file for tarfile to read headers from: it asks for as many bytes as a spoilt one claims."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """At most what is left, nothing for a negative size."""
-        left = os.fstat(self.fileno()).st_size - self.tell()
-        return super().read(min(max(size or 0, 0), max(left, 0)))
-
-
-def _check_end(file: BinaryIO, offset: int) -> None:
-    """Raise unless a block of zeros, the end of a tar, is at ``offset``: tarfile takes a spoilt header for the end."""
-    file.seek(offset)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("the file ends before the end mark")
-    if block.strip(b"\0"):
-        raise tarfile.ReadError("a member's header is spoilt")
-
-
-def _with_side(images: Iterable[Record], side: Mapping[str, bytes], label_column: str) -> Iterator[Record]:
-    """The images of one key with the label (else their folder's name), caption and metadata that stand beside them."""
-    caption = side["txt"].decode("utf-8", "replace") if "txt" in side else None
-    metadata = _json_text(side.get("json"))
-    fields = json.loads(metadata) if metadata else {}
-    label = _text(fields.get(label_column)) if isinstance(fields, dict) else None
-    if label is None and "cls" in side:
-        label = side["cls"].decode("utf-8", "replace").strip()
-    if caption is None and isinstance(fields, dict):
-        caption = next((_text(fields[name]) for name in CAPTION_COLUMNS if fields.get(name)), None)
-    for image in images:
-        own = parent_folder(image.member or "") if label is None else label
-        yield image._replace(label=own, caption=caption, metadata=metadata)
-
-
-def _json_text(data: bytes | None) -> str | None:
-    """JSON as text, or None where it is none: metadata that does not parse must not cost the image."""
-    try:
-        return json.dumps(json.loads(data), sort_keys=True) if data else None
-    except (ValueError, RecursionError):
-        return None
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else _utf8(value if isinstance(value, str) else json.dumps(value, default=str))
-
-
-def _utf8(text: str) -> str:
-    """Text that a table can hold: half surrogates, of names that are no UTF-8 or of JSON, become question marks."""
-    return text.encode("utf-8", "replace").decode()
-
-
 @contextmanager
 def _open_parquet(location: Location) -> Iterator[pq.ParquetFile]:
     """Footer and row groups are read where they are: a unit is a few of them, and fetches no more from S3."""
@@ -311,8 +190,8 @@ def _read_row_groups(file: pq.ParquetFile, unit: Unit, image_column: str, label_
                 paths[i].as_py() if paths is not None else None,
                 row,
                 data if data is not None else b"",
-                _text(values.get(label_column)),
-                next((_text(values[name]) for name in CAPTION_COLUMNS if values.get(name)), None),
+                text_of(values.get(label_column)),
+                next((text_of(values[name]) for name in CAPTION_COLUMNS if values.get(name)), None),
                 json.dumps(values, sort_keys=True, default=str) if values else None,
             )
             row += 1

@@ -28,8 +28,9 @@ from curation.pool import (
     part_sizes,
 )
 from curation.shuffle import read_shuffle, write_shuffle
-from curation.sources import Listing, Record, Unit, list_source, plan_units, read_unit, split_parquet
+from curation.sources import Listing, Unit, list_source, plan_units, read_unit, split_parquet
 from curation.store import Entry, Location
+from curation.tars import Record
 from pipelines.errors import UserError
 from pipelines.stage import FOUND, Inputs, Output, Stage, whole_files
 

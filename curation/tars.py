@@ -1,0 +1,142 @@
+"""The images of a tar, each with what the members of its WebDataset key say about it.
+
+Member names are data, never paths; a tar that breaks off is told, not skipped.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+# Files that stand beside images and never are one; they are counted as ignored.
+METADATA_SUFFIXES = frozenset(
+    f".{name}" for name in "json jsonl txt csv tsv md rst xml yaml yml html cls npy npz log sha256 index py".split()
+)
+CAPTION_COLUMNS = ("caption", "text")
+
+
+class Record(NamedTuple):
+    """One candidate image. ``data`` is None where the container broke off, and ``detail`` says how."""
+
+    source: str  # file, relative to the source root
+    member: str | None  # name inside a tar or a Parquet file
+    offset: int | None  # of the bytes in a tar; row number in a Parquet file; None for a file of its own
+    data: bytes | None
+    label: str | None = None
+    caption: str | None = None
+    metadata: str | None = None  # JSON
+    detail: str = ""
+
+
+def parent_folder(name: str) -> str | None:
+    """The folder that a file is in, its label when nothing else says one; None without a folder."""
+    folder = name.rpartition("/")[0].rpartition("/")[2]
+    return None if folder in ("", ".", "..") else folder
+
+
+def read_tar(path: Path, source: str, label_column: str) -> Iterator[Record]:
+    """The images of a tar, each with what the members of the same WebDataset key say about it.
+
+    Member names are data, never paths. A tar that breaks off ends with a record without data.
+    """
+    images: list[Record] = []
+    side: dict[str, bytes] = {}
+    last_key, broken = "", ""
+    try:
+        for member, data in _tar_members(path):
+            key, suffix = split_key(member.name)
+            if key != last_key:
+                yield from _with_side(images, side, label_column)
+                images, side, last_key = [], {}, key
+            if f".{suffix.rpartition('.')[2]}".lower() in METADATA_SUFFIXES:
+                side[suffix.lower()] = data or b""
+            else:
+                detail = "" if data is not None else "a sparse member of a tar"
+                images.append(Record(source, utf8_text(member.name), member.offset_data, data, detail=detail))
+    except tarfile.TarError as e:
+        broken = str(e)
+    yield from _with_side(images, side, label_column)
+    if broken:
+        yield Record(source, None, None, None, detail=broken)
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """``("a/0001", "seg.png")`` for ``a/0001.seg.png``: WebDataset's rule, at the first dot of the last piece."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix
+
+
+def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """Regular members with their bytes (None for a sparse one). Raises tarfile.TarError where the tar breaks off."""
+    size = path.stat().st_size
+    n_read = 0
+    try:
+        with _Headers(path) as heads, tarfile.open(fileobj=heads, mode="r:") as tar, path.open("rb") as file:
+            for member in tar:
+                end = member.offset_data + (member.size if member.isreg() and not member.issparse() else 0)
+                if not member.offset_data <= min(end, tar.offset) or max(end, tar.offset - tarfile.BLOCKSIZE) > size:
+                    raise tarfile.ReadError(f"member {member.name!r} needs bytes that the file does not have")
+                if member.isreg():
+                    file.seek(member.offset_data)
+                    yield member, None if member.issparse() else file.read(member.size)
+                    n_read += 1
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps every header it has seen
+            _check_end(file, tar.offset)
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as e:  # tarfile lets some pass for bad headers
+        raise tarfile.ReadError(f"tar breaks off after {n_read} members: {e}") from e
+
+
+class _Headers(io.FileIO):
+    """A file for tarfile to read headers from: it asks for as many bytes as a spoilt one claims."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most what is left, nothing for a negative size."""
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(min(max(size or 0, 0), max(left, 0)))
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """Raise unless a block of zeros, the end of a tar, is at ``offset``: tarfile takes a spoilt header for the end."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("the file ends before the end mark")
+    if block.strip(b"\0"):
+        raise tarfile.ReadError("a member's header is spoilt")
+
+
+def _with_side(images: Iterable[Record], side: Mapping[str, bytes], label_column: str) -> Iterator[Record]:
+    """The images of one key with the label (else their folder's name), caption and metadata that stand beside them."""
+    caption = side["txt"].decode("utf-8", "replace") if "txt" in side else None
+    metadata = json_text(side.get("json"))
+    fields = json.loads(metadata) if metadata else {}
+    label = text_of(fields.get(label_column)) if isinstance(fields, dict) else None
+    if label is None and "cls" in side:
+        label = side["cls"].decode("utf-8", "replace").strip()
+    if caption is None and isinstance(fields, dict):
+        caption = next((text_of(fields[name]) for name in CAPTION_COLUMNS if fields.get(name)), None)
+    for image in images:
+        own = parent_folder(image.member or "") if label is None else label
+        yield image._replace(label=own, caption=caption, metadata=metadata)
+
+
+def json_text(data: bytes | None) -> str | None:
+    """JSON as text, or None where it is none: metadata that does not parse must not cost the image."""
+    try:
+        return json.dumps(json.loads(data), sort_keys=True) if data else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def text_of(value: object) -> str | None:
+    """A metadata value as text: strings as they are, others as JSON, None as None."""
+    return None if value is None else utf8_text(value if isinstance(value, str) else json.dumps(value, default=str))
+
+
+def utf8_text(text: str) -> str:
+    """Text that a table can hold: half surrogates, of names that are no UTF-8 or of JSON, become question marks."""
+    return text.encode("utf-8", "replace").decode()
