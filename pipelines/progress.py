@@ -23,7 +23,7 @@ class StepProgress:
     """Shows the step that is running: items done, rate, time left. Use as a context manager."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
