@@ -49,6 +49,12 @@ def test_the_command_line_says_one_sentence_a_hint_and_an_exit_code(tiny, tmp_pa
     assert Path(tmp_path / "out" / "run.json").exists()
 
 
+# As at a terminal: in the background of a shell a process is born deaf to Ctrl-C.
+LISTENING = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pipelines.cli import main; main()"
+)
+
+
 def test_an_interrupt_is_one_sentence(tiny, tmp_path):
     recipe = tmp_path / "r.yaml"
     train = "{stage: train, shards: raw, width: 64, depth: 2, heads: 2, image_size: 32, patch_size: 8, local_size: 16}"
@@ -56,7 +62,7 @@ def test_an_interrupt_is_one_sentence(tiny, tmp_path):
         f"steps:\n  web: {{stage: pool, source: {tiny.images}/exam}}\n  raw: {{stage: shards, pool: web}}\n"
         f"  first: {train}\n"
     )
-    command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--root", str(tmp_path / "out")]
+    command = [sys.executable, "-c", LISTENING, "run", str(recipe), "--root", str(tmp_path / "out")]
     for number in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60

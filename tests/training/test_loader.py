@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from curation.store import Location, client
@@ -87,7 +88,7 @@ def test_a_bad_sample_is_counted_and_replaced_by_the_next_of_the_stream(make_sha
 
 
 def test_shards_on_s3_give_the_same_bytes(shards, tmp_path, monkeypatch):
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer(port=0)
     server.start()
     try:
         for name, value in {"ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()), "ACCESS_KEY_ID": "a",
