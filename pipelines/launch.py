@@ -11,6 +11,8 @@ from pipelines.progress import StepProgress
 from pipelines.ray_executor import RayExecutor
 from pipelines.recipe import Recipe
 
+HEAD_COUNTS = ("rows", "kept", "dropped", "bad")  # what every step counts, in this order
+
 
 def run_steps(
     recipe: Recipe, root: Location, executor: str, address: str | None, until: str | None = None, quiet: bool = False
@@ -39,6 +41,7 @@ def open_executor(name: str, address: str | None, resources: Resources) -> Itera
 
 def result_line(result: StepResult) -> str:
     """One step in one line."""
-    counts = " ".join(f"{name} {value:,}" for name, value in result.counts.items())
+    order = [*HEAD_COUNTS, *(name for name in result.counts if name not in HEAD_COUNTS)]
+    counts = " ".join(f"{name} {result.counts[name]:,}" for name in order if name in result.counts)
     time = f" {result.seconds:.1f} s" if result.seconds else ""
     return f"{result.name:<12} {result.stage:<14} {result.state}{time}  {counts}"
