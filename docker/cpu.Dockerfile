@@ -11,5 +11,5 @@ RUN pip install --no-cache-dir -c constraints.txt --extra-index-url https://down
  && pip install --no-cache-dir -c constraints.txt ".[cpu,hf,webdataset]"
 RUN useradd --create-home openlvd
 USER openlvd
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["openlvd"]

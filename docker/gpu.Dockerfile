@@ -10,5 +10,5 @@ COPY pipelines pipelines
 RUN pip install --no-cache-dir -c constraints.txt ".[gpu,hf,webdataset]"
 RUN useradd --create-home openlvd
 USER openlvd
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["openlvd"]
