@@ -101,7 +101,7 @@ def _tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
     for part, module in (("student", state.student), ("teacher", state.teacher)):
         for name, tensor in module.state_dict().items():
             yield f"{part}.{name}", tensor
-    yield "centre", state.centre_K
+    yield from (("centre", state.centre_K), ("ibot_centre", state.ibot_centre_K))
     for group in state.optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             for key, value in state.optimizer.state[parameter].items():
@@ -113,6 +113,7 @@ def _load(state: TrainState, tensors: dict[str, Tensor]) -> None:
         prefix = f"{part}."
         module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
     state.centre_K = tensors["centre"].to(state.device)
+    state.ibot_centre_K = tensors["ibot_centre"].to(state.device)
     state.optimizer.state.clear()
     for group in state.optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):

@@ -7,15 +7,17 @@ from typing import ClassVar
 import numpy as np
 
 from embedding.vit_config import ViTConfig
-from training.augment import AugmentConfig
+from training.augment import N_GLOBAL, AugmentConfig
+from training.masks import mask_counts
 from training.schedules import warmup_constant_cooldown, warmup_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A DINO run: architecture, crops, targets and optimiser. Every field changes the weights that come out.
+    """A run of DINO, iBOT and KoLeo: architecture, crops, targets and optimiser. Every field changes the weights.
 
-    The defaults fit a ViT-S/16 on images of 224 px and one GPU.
+    The defaults fit a ViT-S/16 on images of 224 px and one GPU. The loss is DINO + ibot_weight * iBOT + koleo_weight *
+    KoLeo; a part of weight 0 is left out: no head is made for it, and it costs nothing.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # read by pipelines/, no import here
@@ -35,20 +37,29 @@ class TrainConfig:
     image_size: int = 224  # pixels, side of a global crop, a multiple of patch_size
     local_size: int = 96  # pixels, side of a local crop, a multiple of patch_size
     n_local: int = 8  # local crops an image; global ones are 2
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    # head and targets
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # how crops are cut and changed
+    # DINO head and targets
     n_prototypes: int = 4096  # K; about a 16th of the images, a power of two
     head_hidden: int = 2048  # channels
     head_bottleneck: int = 256  # channels
-    head_normalised: bool = True  # prototypes of length 1 (weight norm, gain frozen); False: a plain linear layer
+    head_normalised: bool = True  # prototypes of length 1 (weight norm, gain frozen); False: plain linear; both heads
     centering: str = "sinkhorn"  # or "softmax": a running centre
     centre_momentum: float = 0.9  # of the running centre, with centering softmax
     sinkhorn_iterations: int = 3  # with centering sinkhorn
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.04
+    student_temperature: float = 0.1  # divides the student's logits
+    teacher_temperature: float = 0.04  # divides the teacher's logits
     teacher_temperature_start: float | None = None  # linear from here; None: constant
     teacher_temperature_steps: int = 0  # steps until teacher_temperature is reached
     momentum: float = 0.996  # of the teacher; half-life ln 2 / (1 - momentum) steps
+    # iBOT: the student's global crops have hidden patches, whose targets are the teacher's of the whole crop
+    ibot_weight: float = 1.0  # of its loss beside DINO's; 0: off
+    mask_probability: float = 0.5  # share of the global crops with hidden patches
+    mask_ratio: tuple[float, float] = (0.1, 0.5)  # hidden share of such a crop's patches, spread evenly over the crops
+    ibot_prototypes: int = 4096  # K of the patches
+    ibot_hidden: int = 2048  # channels
+    ibot_bottleneck: int = 256  # channels
+    # KoLeo: the CLS tokens of a batch keep away from one another, in each global crop on its own
+    koleo_weight: float = 0.1  # of its loss beside DINO's; 0: off
     # optimiser
     n_steps: int = 10_000  # 0: the initial weights are the result
     batch: int = 64  # images a step
@@ -62,7 +73,7 @@ class TrainConfig:
     layer_decay: float = 1.0  # factor of the rate from one block to the one below
     patch_embed_lr: float = 1.0  # factor of the rate of the patch embedding
     beta2: float = 0.999  # of AdamW; beta1 is .9
-    clip_norm: float = 3.0  # largest gradient norm, of backbone and head each
+    clip_norm: float = 3.0  # largest gradient norm, of backbone and each head on its own
     freeze_last_layer_steps: int = 0  # first steps in which the prototypes stand still
     precision: str = "float32"  # or "bfloat16": matrix products; weights, losses and teacher targets stay float32
     # order and stops
@@ -79,8 +90,8 @@ class TrainConfig:
                     f"train.{name} must be a multiple of train.patch_size ({self.patch_size}): "
                     f"got {getattr(self, name)}"
                 )
-        for name in ("n_prototypes", "head_hidden", "head_bottleneck", "sinkhorn_iterations", "batch", "n_open",
-                     "max_bad_steps"):  # fmt: skip
+        for name in ("n_prototypes", "head_hidden", "head_bottleneck", "ibot_prototypes", "ibot_hidden",
+                     "ibot_bottleneck", "sinkhorn_iterations", "batch", "n_open", "max_bad_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1: got {getattr(self, name)}")
         for name in (
@@ -109,17 +120,34 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be {choices}: got {getattr(self, name)!r}")
         if not 0 <= self.final_lr <= self.lr:
             raise ValueError(f"train.final_lr must be in [0, train.lr]: got {self.final_lr}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"train.weight_decay must be at least 0: got {self.weight_decay}")
+        for name in ("weight_decay", "ibot_weight", "koleo_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train.{name} must be at least 0: got {getattr(self, name)}")
         if not 0 < self.beta2 < 1:
             raise ValueError(f"train.beta2 must be in (0, 1): got {self.beta2}")
         for name in ("teacher_temperature_start", "init_gain"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name} must be above 0, or null: got {getattr(self, name)}")
+        self._check_masks()
         if self.n_steps and self.warmup_steps + self.cooldown_steps > self.n_steps:
             raise ValueError(
                 f"train.warmup_steps and the cool-down must fit into train.n_steps ({self.n_steps}): "
                 f"got {self.warmup_steps} and {self.cooldown_steps}"
+            )
+
+    def _check_masks(self) -> None:
+        low, high = self.mask_ratio
+        if not 0 < self.mask_probability <= 1:
+            raise ValueError(f"train.mask_probability must be in (0, 1]: got {self.mask_probability}")
+        if not 0 <= low <= high < 1:
+            raise ValueError(f"train.mask_ratio must be 0 <= low <= high < 1: got {low}, {high}")
+        side = self.image_size // self.patch_size
+        n_crops = N_GLOBAL * self.batch
+        if self.ibot_weight and not mask_counts(n_crops, side**2, self.mask_probability, self.mask_ratio).any():
+            raise ValueError(
+                f"a step must hide at least one patch, or train.ibot_weight be 0: got none with {n_crops} global crops "
+                f"of {side} x {side} patches, train.mask_probability {self.mask_probability} and train.mask_ratio "
+                f"{low}, {high}"
             )
 
     def vit(self) -> ViTConfig:

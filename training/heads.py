@@ -1,4 +1,4 @@
-"""The projection head between a CLS token and its prototypes."""
+"""The projection head between tokens and their prototypes: of DINO for CLS, of iBOT for masked patches."""
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class DinoHead(nn.Module):
                 parameter.copy_(value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, K) of CLS tokens (N, width), in the dtype of the multiplication."""
+        """Logits (N, K) of tokens (N, width), in the dtype of the multiplication."""
         unit = F.normalize(self.mlp(x), dim=-1)
         prototypes = F.normalize(self.prototypes, dim=-1) if self.normalised else self.prototypes
         return F.linear(unit, prototypes.to(unit.dtype))

@@ -1,6 +1,7 @@
-"""The DINO loss, its teacher targets, and what tells a collapse; float32 whatever comes in.
+"""The losses of DINO, iBOT and KoLeo, the teacher's targets, and what tells a collapse; float32 whatever comes in.
 
-Legend: ``S`` student crops, ``G`` global crops, ``B`` images, ``K`` prototypes, ``N`` samples (usually G * B).
+Legend: ``S`` student crops, ``G`` global crops, ``B`` images, ``K`` prototypes, ``N`` samples (usually G * B), ``M``
+masked patches, ``D`` width.
 """
 
 import math
@@ -8,6 +9,9 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_EPSILON = 1e-8  # of a distance in KoLeo
+_DUPLICATE = 1e-4  # distance of unit rows below which two images count as the same
 
 
 def dino_loss(student_SBK: Tensor, teacher_GBK: Tensor, temperature: float = 0.1) -> Tensor:
@@ -27,6 +31,45 @@ def dino_loss(student_SBK: Tensor, teacher_GBK: Tensor, temperature: float = 0.1
     ce_SG = -torch.einsum("sbk,gbk->sg", log_p_SBK, teacher_GBK.detach().float()) / student_SBK.shape[1]
     same_SG = torch.eye(n_student, n_global, dtype=torch.bool, device=ce_SG.device)
     return ce_SG.masked_fill(same_SG, 0).sum() / (ce_SG.numel() - n_global)
+
+
+def ibot_loss(
+    student_MK: Tensor, teacher_MK: Tensor, weight_M: Tensor, n_crops: int, temperature: float = 0.1
+) -> Tensor:
+    """Cross-entropy of the student at masked patches against the teacher, in nats (arXiv 2304.07193, section 4).
+
+    student_MK: logits where the student saw the mask token; teacher_MK: probabilities over K at the same patches of the
+    crops as they are, no gradient flows into them; weight_M: 1 over the masked patches of the patch's crop. The
+    weighted sum is divided by ``n_crops``, the crops without a mask counted too: with half the crops masked the value
+    is half the mean over masked crops. Returns a float32 scalar, 0 without patches. Holds two float32 copies of
+    student_MK. Raises ValueError when shapes differ or n_crops is not positive.
+    """
+    if student_MK.shape != teacher_MK.shape or weight_M.shape != student_MK.shape[:1] or n_crops < 1:
+        raise ValueError(
+            f"ibot_loss needs logits and targets (M, K), weights (M,) and n_crops >= 1: got {tuple(student_MK.shape)}, "
+            f"{tuple(teacher_MK.shape)}, {tuple(weight_M.shape)} and {n_crops}"
+        )
+    log_p_MK = F.log_softmax(student_MK.float() / temperature, dim=-1)
+    ce_M = -(teacher_MK.detach().float() * log_p_MK).sum(dim=-1)
+    return (ce_M * weight_M).sum() / n_crops
+
+
+def koleo_loss(cls_BD: Tensor) -> Tensor:
+    """How near each image is to its nearest neighbour: -mean(ln distance) of unit rows, in nats (arXiv 1806.03198).
+
+    cls_BD: features of one crop of each image, of any length; call it outside autocast. Low when rows are spread
+    evenly, never below -ln 2. A row whose neighbour is nearer than 1e-4 adds nothing: two copies of an image
+    cannot be moved apart, and would give gradients of any size. Returns a float32 scalar, 0 for fewer than 2 rows.
+    Holds float32 (B, B). Which neighbour is nearest takes no gradient.
+    """
+    unit_BD = F.normalize(cls_BD.float(), dim=-1)
+    if len(unit_BD) < 2:
+        return unit_BD.sum() * 0
+    with torch.no_grad():
+        similarity_BB = (unit_BD @ unit_BD.T).fill_diagonal_(-torch.inf)  # no number is below every similarity
+        nearest_B = similarity_BB.argmax(dim=1)
+    distance_B = ((unit_BD - unit_BD[nearest_B]).square().sum(dim=-1) + _EPSILON**2).sqrt()
+    return -torch.where(distance_B < _DUPLICATE, 1.0, distance_B).log().mean()
 
 
 @torch.no_grad()

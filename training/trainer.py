@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from curation.mix import read_mix
 from curation.store import Location
 from embedding.vit import ViT
 from training.checkpoint import History, Run, SkippedStep, restore_newest, save_checkpoint
@@ -130,9 +131,11 @@ def _one_step(run: Run, batch: Batch, settings: StepSettings) -> StepMetrics:
 
 
 def _plan(config: TrainConfig, shards: Location) -> LoaderPlan:
+    mix = read_mix(shards)
     return LoaderPlan(
         shards=shards,
-        totals=shard_totals(shards, list_shards(shards)),
+        totals=shard_totals(shards, list_shards(shards), mix),
+        mix=mix,
         batch=config.batch,
         seed=config.seed,
         n_open=config.n_open,
@@ -145,7 +148,8 @@ def _plan(config: TrainConfig, shards: Location) -> LoaderPlan:
 
 def _digest(shards: Location, plan: LoaderPlan) -> str:
     """What a checkpoint is compared by; the content of the shards is for the caller's fingerprint to watch."""
-    return hashlib.sha256(list_shards(shards).tobytes() + plan.totals.tobytes()).hexdigest()
+    mix = repr(plan.mix).encode() if plan.mix else b""
+    return hashlib.sha256(list_shards(shards).tobytes() + plan.totals.tobytes() + mix).hexdigest()
 
 
 def _timed(source: Generator[Batch, None, None], timing: Timing) -> Generator[Batch, None, None]:
@@ -167,8 +171,11 @@ def _timed(source: Generator[Batch, None, None], timing: Timing) -> Generator[Ba
 def _message(metrics: StepMetrics, config: TrainConfig) -> str:
     """One line for people."""
     k = config.n_prototypes
+    parts = (("dino", metrics.dino_loss), ("ibot", metrics.ibot_loss), ("koleo", metrics.koleo_loss))
+    on = (True, config.ibot_weight > 0, config.koleo_weight > 0)
+    shares = ", ".join(f"{name} {value:.3f}" for (name, value), is_on in zip(parts, on, strict=True) if is_on)
     return (
-        f"loss {metrics.loss:.3f}, teacher entropy {metrics.teacher_entropy:.3f} of {math.log(k):.3f}, "
+        f"loss {metrics.loss:.3f} ({shares}), teacher entropy {metrics.teacher_entropy:.3f} of {math.log(k):.3f}, "
         f"prototypes used {metrics.usage_perplexity:.0f} of {k}, lr {metrics.lr:.2g}"
         + (", skipped: not finite" if metrics.skipped else "")
     )

@@ -92,4 +92,4 @@ def shown(noted: Location, progress: Callable[[int, int], None] | None) -> Itera
         thread.join()
 
 
-STAGE = Stage(version=2, config=TrainConfig, run=run, reads={"shards": ("shards",)})
+STAGE = Stage(version=3, config=TrainConfig, run=run, reads={"shards": ("shards",)})

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from curation.mix import MIX_FILE, count_column, spec_of, write_mix
 from curation.store import Location
 from training.augment import AugmentConfig
 from training.config import TrainConfig
@@ -45,6 +46,24 @@ def write_shards(folder, shards, counts=None):
                 row_id += 1
         pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), Path(folder) / f"part-{i:07d}.parquet")
     return Location(str(folder))
+
+
+def write_mixed(shards, counts, homogeneous, heterogeneous):
+    """Make a mix of a shard set. counts: of each component, key to repeats, 0 where absent."""
+    for entry in shards.list():
+        if entry.name.startswith("part-"):
+            table = pq.read_table((shards / entry.name).path)
+            for name, of_key in counts.items():
+                column = pa.array([of_key.get(key, 0) for key in table["key"].to_pylist()], pa.int32())
+                table = table.append_column(count_column(name), column)
+            pq.write_table(table, (shards / entry.name).path)
+    write_mix(MIX_FILE, spec_of(list(counts), homogeneous, heterogeneous), shards)
+    return shards
+
+
+@pytest.fixture
+def add_mix():
+    return write_mixed
 
 
 @pytest.fixture
@@ -79,8 +98,8 @@ MILD = AugmentConfig(
 )
 TINY = TrainConfig(
     width=32, depth=2, heads=2, patch_size=8, n_registers=1, layer_scale=None, image_size=32, local_size=16, n_local=2,
-    n_prototypes=64, head_hidden=64, head_bottleneck=32, momentum=0.9, n_steps=8, batch=8, lr=1e-3, warmup_steps=2,
-    n_open=2, augment=MILD,
+    n_prototypes=64, head_hidden=64, head_bottleneck=32, ibot_prototypes=48, ibot_hidden=40, ibot_bottleneck=24,
+    momentum=0.9, n_steps=8, batch=8, lr=1e-3, warmup_steps=2, n_open=2, augment=MILD,
 )  # fmt: skip
 
 

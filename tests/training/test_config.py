@@ -24,11 +24,29 @@ from training.config import TrainConfig, TrainResources
         ({"teacher_temperature_start": 0.0}, "train.teacher_temperature_start must be above 0"),
         ({"init_gain": 0.0}, "train.init_gain must be above 0"),
         ({"n_local": 0, "n_prototypes": 0}, "train.n_prototypes must be at least 1"),
+        ({"ibot_prototypes": 0}, "train.ibot_prototypes must be at least 1: got 0"),
+        ({"ibot_hidden": 0}, "train.ibot_hidden must be at least 1: got 0"),
+        ({"ibot_bottleneck": 0}, "train.ibot_bottleneck must be at least 1: got 0"),
+        ({"ibot_weight": -1.0}, "train.ibot_weight must be at least 0: got -1.0"),
+        ({"ibot_weight": float("nan")}, "train.ibot_weight must be at least 0: got nan"),
+        ({"koleo_weight": -0.1}, "train.koleo_weight must be at least 0: got -0.1"),
+        ({"mask_probability": 0.0}, r"train.mask_probability must be in \(0, 1\]: got 0.0"),
+        ({"mask_ratio": (0.5, 0.1)}, "train.mask_ratio must be 0 <= low <= high < 1: got 0.5, 0.1"),
+        ({"mask_ratio": (0.5, 1.0)}, "train.mask_ratio must be 0 <= low <= high < 1: got 0.5, 1.0"),
+        (
+            {"image_size": 8},
+            "must hide at least one patch, or train.ibot_weight be 0: got none with 16 global crops of 1 x 1",
+        ),
+        ({"mask_probability": 0.05}, "got none with 16 global crops of 4 x 4 patches, train.mask_probability 0.05"),
     ],
 )
 def test_a_bad_field_is_named(tiny, fields, words):
     with pytest.raises(ValueError, match=words):
         replace(tiny, **fields)
+
+
+def test_a_grid_too_small_for_masks_is_fine_without_ibot(tiny):
+    assert replace(tiny, image_size=8, ibot_weight=0.0).image_size == 8
 
 
 def test_bad_resources_are_named():

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from training.losses import centred_softmax, dino_loss, entropy, next_centre, sinkhorn_knopp, usage_perplexity
+from training.losses import (
+    centred_softmax,
+    dino_loss,
+    entropy,
+    ibot_loss,
+    koleo_loss,
+    next_centre,
+    sinkhorn_knopp,
+    usage_perplexity,
+)
+from training.masks import block_masks, mask_rng, patch_weights
 
 
 def normal(*shape, seed=0):
@@ -16,9 +26,9 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def sinkhorn_matrix_form(z, temperature, n_iter):
+def sinkhorn_matrix_form(z, temperature, n_iter, dtype="f8"):
     """The published algorithm, in float64 and with a whole matrix."""
-    q = np.exp(z.numpy().astype("f8") / temperature).T
+    q = np.exp(z.numpy().astype(dtype) / temperature).T
     q /= q.sum()
     for _ in range(n_iter):
         q /= q.sum(axis=1, keepdims=True) * len(q)
@@ -39,10 +49,141 @@ def test_dino_loss_is_the_mean_over_pairs_of_crops(seed, n_local, n_global):
     assert dino_loss(z, t).item() == pytest.approx(np.mean(pairs), rel=1e-5)
 
 
-@pytest.mark.parametrize(("k", "ln_k"), [(4096, 8.317766), (8192, 9.010913), (65536, 11.090355)])
+LN_K = [(4096, 8.317766), (8192, 9.010913), (65536, 11.090355), (98304, 11.495820), (131072, 11.783502),
+        (262144, 12.476649)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("k", "ln_k"), LN_K)
 def test_a_uniform_student_loses_ln_k_for_any_target(k, ln_k):
-    loss = dino_loss(torch.zeros(3, 2, k), normal(2, 2, k).softmax(-1))
-    assert loss.item() == pytest.approx(ln_k, abs=2e-5)
+    target = normal(2, 1, k).softmax(-1)
+    assert dino_loss(torch.zeros(3, 1, k), target).item() == pytest.approx(ln_k, abs=2e-5)
+    one_masked_crop_of_one = ibot_loss(torch.zeros(2, k), target[:, 0], torch.full((2,), 0.5), 1)
+    assert one_masked_crop_of_one.item() == pytest.approx(ln_k, abs=2e-5)
+
+
+def test_the_total_of_a_uniform_student_with_half_of_its_crops_masked():
+    k, hidden = 65536, np.array([[True, True, True], [False, False, False]])
+    target = normal(3, k).softmax(-1)
+    ibot = ibot_loss(torch.zeros(3, k), target, torch.from_numpy(patch_weights(hidden)), len(hidden))
+    total = dino_loss(torch.zeros(2, 1, k), target[:2, None]) + ibot
+    assert total.item() == pytest.approx(16.635532, abs=2e-5)
+
+
+def ibot_by_hand(z, t, hidden, temperature):
+    """The formula, crop by crop: every crop counts in the denominator, masked or not."""
+    losses, first = [], 0
+    for crop in hidden:
+        n = crop.sum()
+        log_p = np.log(softmax(z[first : first + n] / temperature))
+        losses.append(-(t[first : first + n] * log_p).sum() / max(1, n))
+        first += n
+    return sum(losses) / len(hidden)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ibot_loss_is_the_mean_over_crops_of_the_mean_over_their_masked_patches(seed):
+    hidden = block_masks(10, 4, 4, mask_rng(0, seed), probability=0.5)
+    z, t = normal(hidden.sum(), 9, seed=seed), normal(hidden.sum(), 9, seed=seed + 50).softmax(-1)
+    loss = ibot_loss(z, t, torch.from_numpy(patch_weights(hidden)), 10, 0.2)
+    assert loss.item() == pytest.approx(ibot_by_hand(z.numpy(), t.numpy(), hidden, 0.2), rel=1e-5)
+
+
+def test_ibot_loss_is_at_least_the_entropy_and_its_gradient_the_difference():
+    z, t = normal(5, 8).requires_grad_(), normal(5, 8, seed=1).softmax(-1).requires_grad_()
+    weight = torch.tensor([0.5, 0.5, 1.0, 0.5, 0.5])
+    loss = ibot_loss(z, t, weight, 4)
+    loss.backward()
+    expected = (torch.softmax(z / 0.1, -1) - t) / 0.1 * weight[:, None] / 4
+    torch.testing.assert_close(z.grad, expected.detach(), atol=1e-6, rtol=1e-5)
+    assert t.grad is None
+    least = (entropy(t.detach()) * weight).sum().item() / 4
+    assert loss.item() > least
+    same = (t.detach().log() * 0.1).requires_grad_()  # the student agrees with the teacher
+    loss = ibot_loss(same, t, weight, 4)
+    loss.backward()
+    assert loss.item() == pytest.approx(least, rel=1e-6)
+    assert same.grad.abs().max() < 1e-6
+
+
+def test_ibot_loss_without_patches_is_zero():
+    z = torch.zeros(0, 8, requires_grad=True)
+    loss = ibot_loss(z, torch.zeros(0, 8), torch.zeros(0), 4)
+    loss.backward()
+    assert loss.item() == 0
+
+
+def koleo_by_hand(x):
+    x = x.astype("f8") / np.linalg.norm(x, axis=1, keepdims=True)
+    distance = np.linalg.norm(x[:, None] - x[None], axis=-1)
+    np.fill_diagonal(distance, np.inf)
+    return -np.log(distance.min(axis=1)).mean()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_koleo_is_the_mean_log_distance_to_the_nearest(seed):
+    x = normal(20, 6, seed=seed)
+    assert koleo_loss(x).item() == pytest.approx(koleo_by_hand(x.numpy()), rel=1e-5)
+    assert koleo_loss(x[:2]).item() == pytest.approx(koleo_by_hand(x[:2].numpy()), rel=1e-5)
+
+
+def polygon(n):
+    angle = torch.arange(n) * (2 * math.pi / n)
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "value"),
+    [
+        (torch.eye(8), -0.346574),  # -ln(2) / 2
+        (torch.tensor([[1.0, 2, 3], [-1, -2, -3]]), -math.log(2)),  # a pair of opposites: its own row is no neighbour
+        (torch.tensor([[1.0, 0], [-1, 0]]), -math.log(2)),
+        (torch.eye(16) - 1 / 16, -0.378843),  # simplex: -ln(2n / (n - 1)) / 2
+        (polygon(3), -0.549306),  # -ln(2 sin(pi / n))
+        (polygon(4), -0.346574),
+        (polygon(8), 0.267400),
+    ],
+)
+def test_koleo_golden(rows, value):
+    assert koleo_loss(rows).item() == pytest.approx(value, abs=1e-6)
+
+
+def test_koleo_knows_no_scale_rotation_or_order():
+    x = normal(30, 5)
+    expected, rotation = koleo_loss(x).item(), torch.linalg.qr(normal(5, 5, seed=1)).Q
+    scale = torch.linspace(0.1, 10, 30)[:, None]
+    for same in (x * scale, x @ rotation, x[torch.randperm(30)]):
+        assert koleo_loss(same).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_koleo_of_copies_and_of_one_row_or_none_is_zero_with_a_zero_gradient(dtype):
+    for rows in (torch.ones(6, 4), normal(1, 4), torch.ones(0, 4)):
+        x = rows.to(dtype).requires_grad_()
+        loss = koleo_loss(x)
+        loss.backward()
+        assert loss.item() == 0
+        assert loss.dtype == torch.float32
+        assert (x.grad == 0).all()
+
+
+def test_a_pair_of_copies_adds_nothing_to_koleo():
+    x = normal(10, 6)
+    x[9] = x[8] * 2  # the same direction
+    x.requires_grad_()
+    loss = koleo_loss(x)
+    loss.backward()
+    others = x.detach()[:9].numpy()
+    unit = others / np.linalg.norm(others, axis=1, keepdims=True)
+    distance = np.linalg.norm(unit[:, None] - unit[None], axis=-1)
+    np.fill_diagonal(distance, np.inf)
+    assert loss.item() == pytest.approx(-np.log(distance.min(axis=1)[:8]).sum() / 10, rel=1e-5)
+    assert x.grad.abs().max() < 10  # not 3e4
+
+
+def test_a_row_that_is_not_finite_shows_in_koleo():
+    x = normal(4, 3)
+    x[2, 1] = torch.nan
+    assert koleo_loss(x).isnan()
 
 
 def test_swapping_the_global_crops_changes_nothing():
@@ -64,6 +205,8 @@ def test_the_loss_is_at_least_the_entropy_of_the_targets_and_its_gradient_the_di
 def test_losses_are_float32_for_half_inputs():
     z, t = normal(3, 2, 8).half(), normal(2, 2, 8).softmax(-1).half()
     assert dino_loss(z, t).dtype == torch.float32
+    assert ibot_loss(z[0], t[0], torch.ones(2), 2).dtype == torch.float32
+    assert koleo_loss(z[0]).dtype == torch.float32
     assert sinkhorn_knopp(z[0], 0.04).dtype == torch.float32
     assert centred_softmax(z[0], torch.zeros(8), 0.04).dtype == torch.float32
     assert next_centre(torch.zeros(8), z[0]).dtype == torch.float32
@@ -76,6 +219,10 @@ def test_shapes_that_do_not_fit_are_named():
         dino_loss(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8))
     with pytest.raises(ValueError, match="temperature > 0"):
         sinkhorn_knopp(torch.zeros(2, 2), 0)
+    with pytest.raises(ValueError, match=r"got \(3, 8\), \(3, 8\), \(2,\) and 4"):
+        ibot_loss(torch.zeros(3, 8), torch.zeros(3, 8), torch.zeros(2), 4)
+    with pytest.raises(ValueError, match=r"n_crops >= 1"):
+        ibot_loss(torch.zeros(3, 8), torch.zeros(3, 8), torch.zeros(3), 0)
 
 
 TWO = [[1.0, 2.0], [1.0, 1.0]]
@@ -103,7 +250,8 @@ def test_sinkhorn_golden_limit_and_2x3():
 def test_sinkhorn_vector_form_is_the_matrix_form(seed):
     z = normal(64, 32, seed=seed) * 0.06
     out = sinkhorn_knopp(z, 0.06)
-    np.testing.assert_allclose(out.numpy(), sinkhorn_matrix_form(z, 0.06, 3), atol=2e-6)
+    np.testing.assert_allclose(out.numpy(), sinkhorn_matrix_form(z, 0.06, 3), atol=4e-7)
+    assert 1.95 < out.sum(0).min() <= out.sum(0).max() < 2.03  # N / K is 2, reached in the limit
     torch.testing.assert_close(out.sum(1), torch.ones(64), atol=1e-6, rtol=0)
     torch.testing.assert_close(sinkhorn_knopp(z, 0.06, 40).sum(0), torch.full((32,), 2.0), atol=1e-4, rtol=0)
 
@@ -119,6 +267,10 @@ def test_sinkhorn_symmetries():
     out, rows, cols = sinkhorn_knopp(z, 0.05), torch.randperm(20), torch.randperm(12)
     torch.testing.assert_close(sinkhorn_knopp(z[rows][:, cols], 0.05), out[rows][:, cols], atol=1e-6, rtol=0)
     torch.testing.assert_close(sinkhorn_knopp(z + 0.7, 0.05), out, atol=5e-6, rtol=0)
+    torch.testing.assert_close(sinkhorn_knopp(z - z.max(), 0.05), out, atol=5e-6, rtol=0)
+    shift = normal(12, seed=1) * 0.2  # of each prototype: the first scaling, which is of prototypes, takes it away
+    torch.testing.assert_close(sinkhorn_knopp(z + shift, 0.05), out, atol=5e-6, rtol=0)
+    np.testing.assert_allclose(sinkhorn_matrix_form(z + shift, 0.05, 3), sinkhorn_matrix_form(z, 0.05, 3), atol=1e-6)
     z = normal(20, 12)
     moved = sinkhorn_knopp(z - z.max(1, keepdim=True).values, 0.3) - sinkhorn_knopp(z, 0.3)
     assert moved.abs().max() > 1e-3  # why no sample's maximum is subtracted
@@ -127,6 +279,8 @@ def test_sinkhorn_symmetries():
 def test_sinkhorn_is_finite_where_exp_is_not():
     z = normal(16, 8) * 3
     z[0, 0] = 7.0  # 7 / .07 = 100, exp overflows float32 from 88.7 on
+    with np.errstate(all="ignore"):
+        assert np.isnan(sinkhorn_matrix_form(z, 0.07, 3, "f4")).any()
     out = sinkhorn_knopp(z, 0.07)
     assert torch.isfinite(out).all()
     torch.testing.assert_close(out.sum(1), torch.ones(16), atol=1e-5, rtol=0)

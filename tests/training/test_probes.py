@@ -49,5 +49,8 @@ def test_rankme_golden():
     rng = np.random.default_rng(0)
     assert rankme(rng.normal(size=(1000, 64))) == pytest.approx(63.5, abs=0.3)
     assert rankme(rng.normal(size=(1000, 384))) == pytest.approx(363, abs=2)
+    assert rankme(rng.normal(size=(5000, 384))) == pytest.approx(380, abs=1)
+    for shape in ((3, 9), (9, 3)):
+        assert 1 <= rankme(rng.normal(size=shape)) <= 3
     with pytest.raises(ValueError, match="not all 0"):
         rankme(np.zeros((3, 3)))

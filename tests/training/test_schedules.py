@@ -47,7 +47,7 @@ def test_pieces_that_do_not_fit_are_named():
 @pytest.mark.parametrize(
     ("base", "batch", "factor", "effective"),
     [(0.004, 2048, 1, 0.00565685), (2e-4, 3072, 1, 3.4641e-4), (1e-3, 2048, 4, 0.00565685), (5e-5, 4096, 4, 4e-4),
-     (3e-5, 4096, 4, 2.4e-4), (1.25e-5, 4096, 4, 1e-4)],
+     (3e-5, 4096, 4, 2.4e-4), (1.25e-5, 4096, 4, 1e-4), (1.25e-5, 2048, 4, 7.0711e-5)],
 )  # fmt: skip
 def test_published_rates(base, batch, factor, effective):
     assert sqrt_scaled_lr(base, batch, factor) == pytest.approx(effective, rel=1e-5)
@@ -71,6 +71,16 @@ def test_ema_closed_form_and_ends():
     assert torch.equal(teacher.weight, student.weight)
 
 
+@pytest.mark.parametrize(("momentum", "steps"), [(0.992, 86), (0.994, 115), (0.996, 173), (0.999, 693)])
+def test_ema_half_lives(momentum, steps):
+    teacher, student = linear(0).double(), linear(1).double()
+    start, left = teacher.weight.detach().clone(), []
+    for _ in range(steps + 1):
+        ema_update(teacher, student, momentum)
+        left.append(((teacher.weight - student.weight) / (start - student.weight)).mean().item())
+    assert min(range(steps + 1), key=lambda n: abs(left[n] - 0.5)) == steps - 1  # the update of that number
+
+
 @pytest.mark.parametrize(
     ("name", "multiplier"),
     [("patch_embed.weight", 0.0508373), ("cls_token", 0.2541866), ("pos_embed", 0.2541866), ("registers", 0.2541866),
@@ -89,4 +99,5 @@ def test_what_is_decayed():
     assert not backbone_rule("cls_token", (1, 1, 4), 12).decayed
     assert backbone_rule("cls_token", (1, 1, 4), 12, decay_tokens=True).decayed
     assert head_rule("prototypes", (8, 4)).last_layer
+    assert head_rule("prototypes", (8, 4)).lr_multiplier == head_rule("mlp.0.weight", (4, 4)).lr_multiplier == 1
     assert not head_rule("mlp.0.bias", (4,)).decayed

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from curation.mix import MIX_FILE, spec_of, write_mix
 from curation.store import Location
 from training.checkpoint import checkpoints
 from training.stream import Stream
@@ -20,21 +21,26 @@ def bits(result):
 
 def test_a_run_learns(digit_shards, tiny, tmp_path):
     config = replace(
-        tiny, width=64, depth=3, n_prototypes=256, head_hidden=128, head_bottleneck=64, n_steps=80, batch=32,
-        lr=3e-3, warmup_steps=10, momentum=0.95, init_gain=1.0,
+        tiny, width=64, depth=3, n_prototypes=256, head_hidden=128, head_bottleneck=64, ibot_prototypes=256,
+        ibot_hidden=128, ibot_bottleneck=64, n_steps=80, batch=32, lr=3e-3, warmup_steps=10, momentum=0.95,
+        init_gain=1.0,
         augment=replace(tiny.augment, global_scale=(0.85, 1), local_scale=(0.6, 1), aspect=(0.85, 1 / 0.85)),
     )  # fmt: skip
     result = train(config, digit_shards, Location(str(tmp_path)))
-    loss, entropy = result.metrics["loss"], result.metrics["teacher_entropy"]
+    start, end = ({k: v[part].mean() for k, v in result.metrics.items()} for part in (slice(10), slice(-10, None)))
     ln_k = np.log(256)
-    assert loss[:10].mean() > ln_k - 0.3
-    assert loss[-10:].mean() < loss[:10].mean() - 0.5
-    assert entropy[-10:].mean() < ln_k - 0.5
+    assert start["dino_loss"] > ln_k - 0.3
+    assert start["ibot_loss"] > (ln_k - 0.3) / 2
+    assert end["dino_loss"] < start["dino_loss"] - 0.5
+    assert end["ibot_loss"] < start["ibot_loss"] - 0.25
+    assert max(end["teacher_entropy"], end["ibot_teacher_entropy"]) < ln_k - 0.5
     assert result.metrics["usage_perplexity"][-10:].min() > 25  # no collapse onto a few prototypes
     assert (result.metrics["skipped"] == 0).all()
 
 
-def test_workers_and_restarts_change_no_bit(digit_shards, tiny, tmp_path):
+@pytest.mark.parametrize("ibot_weight", [1.0, 0.0])
+def test_workers_and_restarts_change_no_bit(digit_shards, tiny, tmp_path, ibot_weight):
+    tiny = replace(tiny, ibot_weight=ibot_weight)
     whole = train(tiny, digit_shards, Location(str(tmp_path / "whole")))
     assert whole.timing.images == 8 * tiny.batch
     assert 0 < whole.timing.wait_share < 1
@@ -44,6 +50,9 @@ def test_workers_and_restarts_change_no_bit(digit_shards, tiny, tmp_path):
     def interrupt(step, n_steps, message):
         assert n_steps == 8
         assert "teacher entropy" in message
+        assert ("ibot" in message) == (ibot_weight > 0)
+        assert "(dino " in message
+        assert "nan" not in message
         steps.append(step)
         if len(steps) == 5:
             raise KeyboardInterrupt
@@ -106,6 +115,8 @@ def test_a_checkpoint_of_another_run_is_refused(digit_shards, make_shards, tiny,
     train(tiny, digit_shards, out, resources)
     with pytest.raises(ValueError, match=r"got other train.lr \(0.001 there, 0.002 here\)"):
         train(replace(tiny, lr=2e-3), digit_shards, out, resources)
+    with pytest.raises(ValueError, match=r"got other train.ibot_weight \(1.0 there, 0.0 here\)"):
+        train(replace(tiny, ibot_weight=0.0), digit_shards, out, resources)
     with pytest.raises(ValueError, match="got other the shards"):
         train(tiny, make_shards(tmp_path / "other", [[("a", b"x")]]), out, resources)
 
@@ -161,3 +172,16 @@ def test_imports_without_the_optional_parts(run_python):
     process = run_python(code)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
+
+
+def test_a_mix_is_trained_on_and_another_mix_is_another_run(make_shards, add_mix, tiny, tmp_path, digits, png):
+    keys = [f"{i}" for i in range(20)]
+    shards = make_shards(tmp_path / "shards", [[(key, png(digits[0][int(key)])) for key in keys]])
+    counts = {"low": dict.fromkeys(keys[:10], 1), "high": dict.fromkeys(keys[10:], 1)}
+    add_mix(shards, counts, {}, {"low": 0.5, "high": 0.5})
+    out, resources = Location(str(tmp_path / "out")), TrainResources(checkpoint_every=4)
+    first = train(tiny, shards, out, resources)
+    assert bits(train(tiny, shards, out, resources)) == bits(first)
+    write_mix(MIX_FILE, spec_of(["low", "high"], {}, {"low": 0.4, "high": 0.6}), shards)
+    with pytest.raises(ValueError, match="must be of the same run: got other the shards"):
+        train(tiny, shards, out, resources)
