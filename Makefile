@@ -27,6 +27,8 @@ types: setup
 
 soak: setup
 	OPENLVD_KILLS=100 $(BIN)/python -m pytest tests/pipelines/test_contract.py -k killed --timeout 7200
+	OPENLVD_FUZZ=20000 $(BIN)/python -m pytest tests/pipelines/test_fuzz.py -s
+	OPENLVD_S3_KILLS=100 OPENLVD_S3_RAY_KILLS=20 $(BIN)/python -m pytest tests/pipelines/test_s3_kills.py --timeout 7200
 
 clean:
 	rm -rf .venv demo

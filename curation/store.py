@@ -9,10 +9,11 @@ import hashlib
 import io
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,14 @@ class Entry(NamedTuple):
     name: str  # relative to the location, with "/"
     size: int  # bytes
     stamp: str  # changes when the content does: ETag on S3, mtime in ns on a disk
+
+
+class Below(NamedTuple):
+    """What is below a location."""
+
+    files: list[Entry]  # finished files, sorted by name (by code point, the same on every system)
+    lost: list[str]  # names that cannot be looked at: links that lead nowhere or round, folders that may not be read
+    n_others: int  # links to folders (not followed: they may lead round, or anywhere), pipes, sockets, devices
 
 
 class Conflict(Exception):
@@ -108,8 +117,8 @@ class Location:
     def entry(self) -> Entry:
         """Size and stamp of this file or object. Raises FileNotFoundError."""
         if self.is_local:
-            stat = self.path.stat()
-            return Entry(self.name, stat.st_size, str(stat.st_mtime_ns))
+            facts = self.path.stat()
+            return Entry(self.name, facts.st_size, str(facts.st_mtime_ns))
         head = _head(self)
         if head is None:
             raise FileNotFoundError(f"no object {self.uri}")
@@ -129,17 +138,47 @@ class Location:
 
     def list(self) -> list[Entry]:
         """Every finished file below, sorted by name (by code point, the same on every system)."""
-        entries = self._walk() if self.is_local else self._objects()
-        return sorted(entry for entry in entries if not entry.name.rpartition("/")[2].startswith(SIDE_PREFIX))
+        return self.below().files
 
-    def _walk(self) -> Iterator[Entry]:
+    def below(self) -> Below:
+        """Every finished file below, and what is there and is none. What vanishes meanwhile is not there.
+
+        Raises PermissionError when this very folder may not be read.
+        """
+        found = self._walk() if self.is_local else Below(list(self._objects()), [], 0)
+        finished = [e for e in found.files if not e.name.rpartition("/")[2].startswith(SIDE_PREFIX)]
+        return Below(sorted(finished), sorted(found.lost), found.n_others)
+
+    def _walk(self) -> Below:
         root = str(self.path)
-        for folder, _, names in os.walk(root, followlinks=False):
-            for name in names:
-                full = os.path.join(folder, name)  # noqa: PTH118  (os.walk over millions of names: no Path objects)
-                if os.path.isfile(full):  # noqa: PTH113  (no broken links)
-                    stat = os.stat(full)  # noqa: PTH116
-                    yield Entry(os.path.relpath(full, root).replace(os.sep, "/"), stat.st_size, str(stat.st_mtime_ns))
+        files: list[Entry] = []
+        lost: list[str] = []
+        n_others = 0
+
+        def name_of(full: str) -> str:
+            return os.path.relpath(full, root).replace(os.sep, "/")
+
+        def closed(error: OSError) -> None:
+            if error.filename != root and not isinstance(error, FileNotFoundError):
+                lost.append(name_of(error.filename))
+            elif isinstance(error, PermissionError):
+                raise error
+
+        # os.path: no Path objects for millions of names
+        for folder, folders, names in os.walk(root, onerror=closed, followlinks=False):
+            n_others += sum(os.path.islink(os.path.join(folder, name)) for name in folders)  # noqa: PTH114, PTH118
+            for full in (os.path.join(folder, name) for name in names):  # noqa: PTH118
+                try:
+                    facts = os.stat(full)  # noqa: PTH116
+                except OSError as e:
+                    if not isinstance(e, FileNotFoundError) or os.path.islink(full):  # noqa: PTH114
+                        lost.append(name_of(full))
+                    continue
+                if stat.S_ISREG(facts.st_mode):
+                    files.append(Entry(name_of(full), facts.st_size, str(facts.st_mtime_ns)))
+                else:
+                    n_others += 1
+        return Below(files, lost, n_others)
 
     def _objects(self) -> Iterator[Entry]:
         prefix = _prefix(self)
@@ -231,10 +270,19 @@ class Location:
                         raise OSError(f"S3 did not delete {len(refused)} objects below {self}, first {refused[0]}")
 
     def sweep(self) -> None:
-        """Remove the unfinished files that a killed writer left below. On S3 there are none."""
-        if self.is_local and self.path.is_dir():
+        """Remove what a killed writer left unfinished below: files, or the pieces of an upload, which nobody sees but
+        somebody pays for. To clear those takes a right of its own, and a store may not know them: then they stay."""
+        if not self.is_local:
+            with suppress(OSError), _as_on_disk(self):
+                self._abort_uploads()
+        elif self.path.is_dir():
             for side in self.path.rglob(f"{SIDE_PREFIX}*"):
                 side.unlink(missing_ok=True)
+
+    def _abort_uploads(self) -> None:
+        pages = client().get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=_prefix(self))
+        for upload in (upload for page in pages for upload in page.get("Uploads", [])):
+            client().abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
 class RangeFile(io.RawIOBase):

@@ -1,6 +1,7 @@
 """The images of a tar, each with what the members of its WebDataset key say about it.
 
-Member names are data, never paths; a tar that breaks off is told, not skipped.
+Member names are data, never paths; a tar that breaks off is told, not skipped. Links, folders, devices and what
+systems leave beside files (``._a.jpg``) are no images.
 """
 
 import io
@@ -16,6 +17,10 @@ METADATA_SUFFIXES = frozenset(
     f".{name}" for name in "json jsonl txt csv tsv md rst xml yaml yml html cls npy npz log sha256 index py".split()
 )
 CAPTION_COLUMNS = ("caption", "text")
+MAX_FILE_BYTES = 1 << 31  # of an image: no more is read into memory; 12 bytes a pixel of the largest we decode
+_SYSTEM_FILES = frozenset(("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"))  # in lower case
+_ZEROS_AT_A_TIME = 1 << 20  # bytes, whole blocks
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")  # first bytes
 
 
 class Record(NamedTuple):
@@ -37,10 +42,21 @@ def parent_folder(name: str) -> str | None:
     return None if folder in ("", ".", "..") else folder
 
 
+def is_hidden(piece: str) -> bool:
+    """Whether a file or folder of this name, one piece of a path, is no content: dot files, what systems put there."""
+    return (piece.startswith(".") and piece not in (".", "..")) or piece.lower() in _SYSTEM_FILES
+
+
+def too_long(n_bytes: int) -> str:
+    """What is wrong with a file of this size, in words; empty when nothing is."""
+    return f"{n_bytes} bytes, more than {MAX_FILE_BYTES}" if n_bytes > MAX_FILE_BYTES else ""
+
+
 def read_tar(path: Path, source: str, label_column: str) -> Iterator[Record]:
     """The images of a tar, each with what the members of the same WebDataset key say about it.
 
-    Member names are data, never paths. A tar that breaks off ends with a record without data.
+    Member names are data, never paths. A tar that breaks off ends with a record without data; tars one after the
+    other in one file are read to the last.
     """
     images: list[Record] = []
     side: dict[str, bytes] = {}
@@ -54,10 +70,10 @@ def read_tar(path: Path, source: str, label_column: str) -> Iterator[Record]:
             if f".{suffix.rpartition('.')[2]}".lower() in METADATA_SUFFIXES:
                 side[suffix.lower()] = data or b""
             else:
-                detail = "" if data is not None else "a sparse member of a tar"
+                detail = "" if data is not None else too_long(member.size) or "a sparse member of a tar"
                 images.append(Record(source, utf8_text(member.name), member.offset_data, data, detail=detail))
     except tarfile.TarError as e:
-        broken = str(e)
+        broken = utf8_text(str(e))
     yield from _with_side(images, side, label_column)
     if broken:
         yield Record(source, None, None, None, detail=broken)
@@ -71,27 +87,44 @@ def split_key(name: str) -> tuple[str, str]:
 
 
 def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Regular members with their bytes (None for a sparse one). Raises tarfile.TarError where the tar breaks off."""
-    size = path.stat().st_size
+    """Regular members with their bytes, None for a sparse or overlong one. Raises tarfile.TarError at a break."""
     n_read = 0
     try:
-        with _Headers(path) as heads, tarfile.open(fileobj=heads, mode="r:") as tar, path.open("rb") as file:
-            for member in tar:
-                end = member.offset_data + (member.size if member.isreg() and not member.issparse() else 0)
-                if not member.offset_data <= min(end, tar.offset) or max(end, tar.offset - tarfile.BLOCKSIZE) > size:
-                    raise tarfile.ReadError(f"member {member.name!r} needs bytes that the file does not have")
-                if member.isreg():
+        with path.open("rb") as file, _Headers(path) as heads:
+            if file.read(6).startswith(_COMPRESSED):
+                raise tarfile.ReadError("it is compressed")
+            start: int | None = 0
+            while start is not None:
+                heads.seek(start)
+                for member in _members_from(heads):
                     file.seek(member.offset_data)
-                    yield member, None if member.issparse() else file.read(member.size)
+                    whole = not member.issparse() and not too_long(member.size)
+                    yield member, file.read(member.size) if whole else None
                     n_read += 1
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps every header it has seen
-            _check_end(file, tar.offset)
+                start = _next_tar(file, heads.end)
     except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as e:  # tarfile lets some pass for bad headers
         raise tarfile.ReadError(f"tar breaks off after {n_read} members: {e}") from e
 
 
+def _members_from(heads: "_Headers") -> Iterator[tarfile.TarInfo]:
+    """The regular, not hidden members of the tar that starts here; leaves where it ends in ``heads.end``."""
+    size = os.fstat(heads.fileno()).st_size
+    with tarfile.open(fileobj=heads, mode="r:") as tar:
+        for member in tar:
+            end = member.offset_data + (member.size if member.isreg() and not member.issparse() else 0)
+            if not member.offset_data <= min(end, tar.offset) or max(end, tar.offset - tarfile.BLOCKSIZE) > size:
+                raise tarfile.ReadError(f"member {member.name!r} needs bytes that the file does not have")
+            *folders, name = member.name.split("/")
+            if member.isreg() and not is_hidden(name) and "__MACOSX" not in folders:
+                yield member
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps every header it has seen
+        heads.end = tar.offset
+
+
 class _Headers(io.FileIO):
     """A file for tarfile to read headers from: it asks for as many bytes as a spoilt one claims."""
+
+    end = 0  # where the tar read last ends
 
     def read(self, size: int | None = -1, /) -> bytes:
         """At most what is left, nothing for a negative size."""
@@ -99,14 +132,24 @@ class _Headers(io.FileIO):
         return super().read(min(max(size or 0, 0), max(left, 0)))
 
 
-def _check_end(file: BinaryIO, offset: int) -> None:
-    """Raise unless a block of zeros, the end of a tar, is at ``offset``: tarfile takes a spoilt header for the end."""
-    file.seek(offset)
+def _next_tar(file: BinaryIO, end: int) -> int | None:
+    """Where the next tar in the same file starts, if zeros are not all that follows.
+
+    Raises unless a block of zeros, the end of a tar, is at ``end``: tarfile takes a spoilt header for the end.
+    """
+    file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("the file ends before the end mark")
     if block.strip(b"\0"):
         raise tarfile.ReadError("a member's header is spoilt")
+    at, zeros = end + tarfile.BLOCKSIZE, bytes(_ZEROS_AT_A_TIME)
+    while data := file.read(_ZEROS_AT_A_TIME):
+        if not zeros.startswith(data):
+            n_zeros = len(data) - len(data.lstrip(b"\0"))
+            return at + n_zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        at += len(data)
+    return None
 
 
 def _with_side(images: Iterable[Record], side: Mapping[str, bytes], label_column: str) -> Iterator[Record]:

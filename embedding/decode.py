@@ -2,6 +2,8 @@
 
 Formats are told by their first bytes and are a fixed list: those whose decoders are plain libraries. (Pillow
 would hand an EPS to Ghostscript, which runs it, and shows a cut JPEG 2000 half gray.) Colour profiles are not applied.
+What a few bytes claim is not believed: a picture that they cannot hold, or a JPEG of more scans than anybody makes,
+is refused before it is decoded.
 """
 
 import io
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageFile
 
 MAX_PIXELS = 178_956_970  # a twelfth of 2 ** 31: half a gibibyte of RGB
 
@@ -39,6 +41,11 @@ _DECODER_ERRORS = (
     zlib.error,
 )
 _DETAIL_CHARS = 200
+# More pixels than a byte of the file can hold. PNG: deflate packs 1032 bytes into one, a pixel has at least a bit.
+# JPEG: a block of 8 x 8 has at least a bit.
+_PIXELS_A_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64}
+_MAX_SCANS = 500  # of a JPEG: each is a pass over the whole picture; encoders write some ten
+_PNG_NEEDED = (b"tRNS", b"eXIf")  # chunks that change the picture though a decoder may leave them out
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,10 @@ class ImageFacts:
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8] | BadImage:
     """Decode one image to uint8 (h, w, 3) RGB, upright by its EXIF orientation; the first frame of several.
 
-    16-bit and float pixels are scaled to 8 bits (see ``to_rgb8``), transparency is laid on white. A file cut off
-    before the end of that frame is undecodable. The size is checked in the header: an image above ``max_pixels`` costs
-    no memory, one below about 10 bytes a pixel, 20 with transparency or deep pixels.
+    16-bit and float pixels are scaled to 8 bits (see ``to_rgb8``), transparency is laid on white, so is what a GIF's
+    first frame leaves open. A file cut off before the end of that frame is undecodable. The size is checked in the
+    header: an image above ``max_pixels`` costs no memory, one below about 10 bytes a pixel, 20 with transparency or
+    deep pixels.
     """
     decoded = _decode(data, max_pixels)
     return decoded if isinstance(decoded, BadImage) else decoded[1]
@@ -89,13 +97,25 @@ def check_size(facts: ImageFacts, min_side: int, max_aspect_ratio: float) -> Bad
 
 
 def _decode(data: bytes, max_pixels: int) -> tuple[str, npt.NDArray[np.uint8]] | BadImage:
+    decoded = _decode_as_is(data, max_pixels)
+    if isinstance(decoded, BadImage) and data.startswith(b"\x89PNG") and decoded.reason == "undecodable":
+        # Pillow refuses a picture for what stands beside it: a text bomb, a colour profile, a checksum of a comment.
+        bare = _needed_chunks(data)
+        again = _decode_as_is(bare, max_pixels) if len(bare) < len(data) else decoded
+        return decoded if isinstance(again, BadImage) else again
+    return decoded
+
+
+def _decode_as_is(data: bytes, max_pixels: int) -> tuple[str, npt.NDArray[np.uint8]] | BadImage:
     try:
         with _QUIET_PILLOW, _open(data) as image:
             if image.width * image.height > max_pixels:  # from the header, before decoding
                 return BadImage("too_large", f"{image.width}x{image.height} > {max_pixels} pixels")
             name = "jpeg" if image.format == "MPO" else str(image.format).lower()  # MPO: several JPEGs in one file
+            _check_claims(data, name.upper(), image.width, image.height)
+            frame = image.tile[0][1] if name == "gif" and image.tile else None
             image.load()
-            pixels = _upright(to_rgb8(image), _orientation(image))
+            pixels = _upright(_on_white(to_rgb8(image), frame), _orientation(image))
     except Image.DecompressionBombError as e:  # Pillow's own limit, from the header too
         return BadImage("too_large", str(e))
     except _DECODER_ERRORS as e:
@@ -104,17 +124,55 @@ def _decode(data: bytes, max_pixels: int) -> tuple[str, npt.NDArray[np.uint8]] |
     return (name, pixels) if pixels.size else BadImage("undecodable", f"no pixels: {pixels.shape}")
 
 
-def _open(data: bytes) -> Image.Image:
+def _check_claims(data: bytes, kind: str, width: int, height: int) -> None:
+    """Raise OSError when the bytes cannot be the whole picture that their header tells of."""
+    if width * height > _PIXELS_A_BYTE.get(kind, width * height) * len(data):
+        raise OSError(f"{len(data)} bytes cannot hold {width}x{height} pixels")
+    if kind == "JPEG":
+        first = _first_scan(data)
+        end = data.find(b"\xff\xd9", first)
+        if end < 0:  # Pillow lets some pass, and takes zeros or a web page after the cut for pixels
+            raise OSError("image file is truncated (no end mark)")
+        if (n_scans := data.count(b"\xff\xda", first, end)) > _MAX_SCANS:
+            raise OSError(f"{n_scans} scans, more than {_MAX_SCANS}")
+
+
+def _first_scan(data: bytes) -> int:
+    """Where the first scan of a JPEG begins, behind the segments of its header and what is in them; else the end."""
+    at = data.find(b"\xff", 2)
+    while 0 <= at < len(data) - 3:
+        marker = data[at + 1]
+        if marker == 0xDA:
+            return at
+        if marker not in (0x00, 0x01, 0xFF) and not 0xD0 <= marker <= 0xD8:  # these have no length
+            at += int.from_bytes(data[at + 2 : at + 4])
+        at = data.find(b"\xff", at + (1 if marker == 0xFF else 2))
+    return len(data)
+
+
+def _needed_chunks(data: bytes) -> bytes:
+    """A PNG without the chunks that a decoder may leave out, save those that change the picture."""
+    kept, at = [data[:8]], 8
+    while at < len(data):
+        kind = data[at + 4 : at + 8]
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        if not kind[:1].islower() or kind in _PNG_NEEDED:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
     """The image with its header read. Not ``Image.open``: its limit and warning depend on a global variable."""
     for accept, factory in _readers():
         if accept(data[:16]) is True:
-            image: Image.Image = factory(io.BytesIO(data), "")
+            image: ImageFile.ImageFile = factory(io.BytesIO(data), "")
             return image
     raise OSError(f"no known image format starts with {data[:12]!r}" if data else "empty file")
 
 
 @cache
-def _readers() -> tuple[tuple[Callable[[bytes], Any], Callable[..., Image.Image]], ...]:
+def _readers() -> tuple[tuple[Callable[[bytes], Any], Callable[..., ImageFile.ImageFile]], ...]:
     Image.init()
     found = (Image.OPEN[name] for name in _FORMATS if name in Image.OPEN)
     return tuple((accept, factory) for factory, accept in found if accept is not None)
@@ -123,13 +181,13 @@ def _readers() -> tuple[tuple[Callable[[bytes], Any], Callable[..., Image.Image]
 def to_rgb8(image: Image.Image) -> npt.NDArray[np.uint8]:
     """A loaded Pillow image as uint8 (h, w, 3), whatever its mode.
 
-    Integers of 16 bits are divided by 257. Wider ones too if they fit 16 bits; floats are scaled from the first
+    Gray integers of 16 bits are divided by 257. Wider ones too if they fit 16 bits; floats are scaled from the first
     of [0, 1], [0, 255], [0, 65535] that holds them. Other ranges are stretched from their minimum to
-    their maximum, what is not finite becomes 0.
+    their maximum, what is not finite becomes 0. Of 16 bits a colour Pillow keeps the upper 8.
     """
     if image.mode.startswith("I") or image.mode == "F":
         deep = np.asarray(image)
-        gray = _to_8bit(deep)
+        gray = _to_8bit(_as_stored(deep, image))
         if isinstance(key := image.info.get("transparency"), int):
             gray[deep == key] = 255
         return np.repeat(gray[:, :, None], 3, axis=2)
@@ -138,6 +196,35 @@ def to_rgb8(image: Image.Image) -> npt.NDArray[np.uint8]:
         image = Image.new("RGB", rgba.size, "white")
         image.paste(rgba, mask=rgba.getchannel("A"))
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _as_stored(x: npt.NDArray[Any], image: Image.Image) -> npt.NDArray[Any]:
+    """Gray numbers as a TIFF means them: Pillow does not look at how many of 16 bits are used, which end is white,
+    or whether 32 bits have a sign."""
+    tags = getattr(image, "tag_v2", {})
+    bits, sign = (_first(tags.get(number, default)) for number, default in ((258, 16), (339, 1)))
+    if image.mode == "I" and (bits, sign) == (32, 1):
+        return x.view(np.uint32)
+    if not image.mode.startswith("I;16") or sign != 1:
+        return x
+    top = 4095 if bits == 12 else 65535
+    if tags.get(262) == 0:
+        x = np.minimum(x, top) ^ np.uint16(top)  # 0 is white
+    return x if top == 65535 else (x.astype(np.uint32) * 65535 // top).astype(np.uint16)
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) and value else value
+
+
+def _on_white(x: npt.NDArray[np.uint8], frame: tuple[int, ...] | None) -> npt.NDArray[np.uint8]:
+    """White outside the frame (left, top, right, bottom): nothing is painted there."""
+    if frame is None or (frame[2] - frame[0], frame[3] - frame[1]) == x.shape[1::-1]:
+        return x
+    inside = np.s_[frame[1] : frame[3], frame[0] : frame[2]]
+    white = np.full_like(x, 255)
+    white[inside] = x[inside]
+    return white
 
 
 def _to_8bit(x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

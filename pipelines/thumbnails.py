@@ -12,7 +12,8 @@ from PIL import Image
 
 from curation.artifact import Artifact, read_table
 from curation.execute import Executor
-from curation.sources import read_images, source_root
+from curation.pool import source_of_part
+from curation.sources import file_at, read_images
 from curation.store import Location
 from embedding.decode import MAX_PIXELS, BadImage, decode_rgb
 
@@ -43,7 +44,7 @@ def thumbs_of_part(item: tuple[int, np.ndarray], pool: Artifact) -> dict[int, Th
     """Thumbnails of some rows of one part."""
     index, row_ids = item
     table = read_table(pool.part(index)).take(pa.array(row_ids - pool.starts[index]))
-    root, column = source_root(pool.outside("source")), str(pool.manifest["config"]["image_column"])
+    root, column = source_of_part(pool, index)
     made = {}
     for i, row_id in enumerate(row_ids.tolist()):
         row = table.slice(i, 1)
@@ -67,8 +68,8 @@ def rejected_thumb(root: Location, source: str, member: str | None) -> str:
     if member is not None or source.lower().endswith((".tar", ".parquet")):
         return ""
     try:
-        return encode_thumb((root / source).read())
-    except FileNotFoundError:
+        return encode_thumb(file_at(root, source).read())
+    except OSError:
         return ""
 
 

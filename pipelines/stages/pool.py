@@ -55,7 +55,7 @@ def look(config: PoolConfig) -> tuple[Sequence[Entry], Listing]:
     if not listing.entries:
         raise UserError(
             f"{config.source} must hold images, tars or Parquet files: got none",
-            "hidden files and metadata (.json, .txt, ...) are not images",
+            "hidden files and metadata (.json, .txt, ...) are not images; links to folders are not followed",
         )
     return listing.entries, listing
 
@@ -260,4 +260,4 @@ def check_bad(most: float, counts: Counts, out: Output) -> None:
     )
 
 
-STAGE = Stage(version=2, config=PoolConfig, run=run, locations=("source",), look=look)
+STAGE = Stage(version=3, config=PoolConfig, run=run, locations=("source",), look=look)

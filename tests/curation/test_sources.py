@@ -1,18 +1,26 @@
+import bz2
+import errno
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
+import socket
 import tarfile
-from contextlib import suppress
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation import sources
+from curation import sources, tars
 from curation.sources import (
     Unit,
+    file_at,
     list_source,
     plan_units,
     read_checked,
@@ -117,11 +125,204 @@ def test_a_single_file_with_a_relative_name_is_a_source(tmp_path, monkeypatch):
     assert [record.data for record in scan(Location("x.jpg"))] == [b"1"]
 
 
-def test_names_that_are_no_utf8_are_named(tmp_path):
-    with suppress(OSError):  # some file systems refuse them
-        (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"1")
-        with pytest.raises(ValueError, match=r"file names must be UTF-8: 1 below .* are not, first 'caf\\udce9.jpg'"):
-            list_source(Location(str(tmp_path)))
+NOT_UTF8 = [b"caf\xe9.jpg", b"caf\xe9/a b%20.jpg", "é".encode() + b"\xff.tar", b"\xed\xa0\x80.parquet"]
+
+
+def test_a_name_that_is_no_utf8_has_a_name_that_leads_back(tmp_path):
+    plain = ["caf%E9.jpg", "a%20b.jpg", "x"]
+    for name in plain:
+        (tmp_path / name).write_bytes(name.encode())
+    for name in NOT_UTF8:
+        path = tmp_path / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes({".tar": make_tar([("m.jpg", name)]), ".parquet": make_parquet([{"image": name}])}.get(
+            path.suffix, name))  # fmt: skip
+    root = Location(str(tmp_path))
+    listing = list_source(root)
+    names = [entry.name for entry in listing.entries]
+    assert set(names) == {*plain, "./caf%E9.jpg", "./caf%E9/a%20b%2520.jpg", "./%C3%A9%FF.tar", "./%ED%A0%80.parquet"}
+    for entry in listing.entries:
+        assert file_at(root, entry.name).path.stat().st_size == entry.size
+    records = scan(root)
+    assert sorted(r.data for r in records) == sorted([*NOT_UTF8, *(name.encode() for name in plain)])
+    assert {r.label for r in records} == {None, "caf%E9"}
+    rows = pool_rows(records)
+    assert list(read_checked(root, rows)) == [r.data for r in records]
+    single = root / os.fsdecode(NOT_UTF8[0])
+    assert [(r.source, r.data) for r in scan(single)] == [("./caf%E9.jpg", NOT_UTF8[0])]
+    (tmp_path / os.fsdecode(NOT_UTF8[0])).write_bytes(b"1234")
+    with pytest.raises(ValueError, match=r"caf\udce9\.jpg must hold the image that the pool saw"):
+        list(read_checked(root, rows.filter(pa.array([r.source == "./caf%E9.jpg" for r in records]))))
+
+
+def test_on_s3_a_name_is_always_as_it_stands(on_s3):
+    (on_s3 / "./a%20b.jpg").write(b"1")
+    (on_s3 / "c//d.jpg").write(b"2")
+    assert [(r.source, r.data) for r in scan(on_s3)] == [("./a%20b.jpg", b"1"), ("c//d.jpg", b"2")]
+
+
+ODD_NAMES = [
+    " leading and trailing ", "-rf", "--help", "a\nb.jpg", "tab\t.jpg", "[x].jpg", "b*.jpg", "c?.jpg", "d#1.jpg",
+    "e%41.jpg", "f'\".jpg", "g\\h.jpg", "${HOME}.jpg", "~.jpg", "s3:", "café.jpg", "cafe\u0301.jpg", "x" * 255,
+    "日" * 85, "😀.png", "no suffix", "a.jpg.", "COM1", "\x7f\x01.jpg", "\u202ejpg.exe",
+]  # fmt: skip
+
+
+def test_odd_names_are_names(tmp_path):
+    """Among them two that look alike, in two Unicode forms."""
+    for name in ODD_NAMES:
+        (tmp_path / name).write_bytes(name.encode())
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "x.jpg").write_bytes(name.encode() + b"/")
+    root = Location(str(tmp_path))
+    records = scan(root)
+    want = {name: name.encode() for name in ODD_NAMES} | {f"in/{n}/x.jpg": n.encode() + b"/" for n in ODD_NAMES}
+    assert {r.source: r.data for r in records} == want and len(records) == len(want)
+    assert list(read_checked(root, pool_rows(records))) == [r.data for r in records]
+
+
+def test_links_that_lead_nowhere_or_round_are_entries_that_cannot_be_read(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    (inside / "sub").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "far.jpg").write_bytes(b"far")
+    (inside / "a.jpg").write_bytes(b"near")
+    links = {"b.jpg": "a.jpg", "c.jpg": "../out/far.jpg", "d.jpg": "nowhere", "e.jpg": "e.jpg", "t.tar": "nowhere",
+             "p.parquet": "nowhere", "round": ".", "out": "../out", "sub/up": "..", "x.txt": "nowhere",
+             "dev": "/dev/zero", "sub/run.json": "nowhere"}  # fmt: skip
+    for name, target in links.items():
+        (inside / name).symlink_to(target)
+    listing = list_source(Location(str(inside)))
+    assert listing.ignored == 6  # three links to folders, metadata twice, a device
+    records = scan(Location(str(inside)))
+    gone = "cannot be read: it is gone, or a link that leads nowhere"
+    assert {r.source: r.data or r.detail for r in records} == {
+        "a.jpg": b"near", "b.jpg": b"near", "c.jpg": b"far", "d.jpg": gone,
+        "e.jpg": f"cannot be read: {os.strerror(errno.ELOOP)}", "t.tar": gone, "p.parquet": gone,
+    }  # fmt: skip
+    (inside / "d.jpg").unlink()
+    (inside / "d.jpg").symlink_to("a.jpg")
+    stamps = [{e.name: e.stamp for e in found.entries} for found in (listing, list_source(Location(str(inside))))]
+    assert {name for name in stamps[0] if stamps[0][name] != stamps[1][name]} == {"d.jpg"}
+
+
+@pytest.mark.timeout(30)
+def test_pipes_and_sockets_are_never_opened(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(b"1")
+    os.mkfifo(tmp_path / "b.jpg")
+    os.mkfifo(tmp_path / "c.tar")
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    with socket.socket(socket.AF_UNIX) as there:
+        there.bind("d.jpg")
+        listing = list_source(Location(str(tmp_path)))
+    assert [entry.name for entry in listing.entries] == ["a.jpg"] and listing.ignored == 3
+    with pytest.raises(ValueError, match=r"b\.jpg must be a folder or a file: it is a pipe"):
+        list_source(Location(str(tmp_path / "b.jpg")))
+
+
+@contextmanager
+def without_rights():
+    """As a user who may read nothing that is not his, though the tests may run as root."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_place():
+    """A folder that any user may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_what_may_not_be_read_is_a_record(open_place):
+    for name in ("a.jpg", "b.jpg", "c.tar", "d.parquet", "shut/x.jpg", "blind/x.jpg"):
+        (open_place / name).parent.mkdir(exist_ok=True)
+        (open_place / name).write_bytes(b"1")
+    modes = {"b.jpg": 0, "c.tar": 0, "d.parquet": 0, "shut": 0, "blind": 0o444}
+    for name, mode in modes.items():
+        (open_place / name).chmod(mode)
+    root = Location(str(open_place))
+    with without_rights():
+        records = scan(root)
+        (open_place / "nothing").exists()
+    shut = f"cannot be read: {os.strerror(errno.EACCES)}"
+    assert {r.source: r.data or r.detail for r in records} == {
+        "a.jpg": b"1", "b.jpg": shut, "c.tar": shut, "d.parquet": shut, "shut": shut, "blind/x.jpg": shut,
+    }  # fmt: skip
+    open_place.chmod(0o000)
+    try:
+        with without_rights(), pytest.raises(PermissionError):
+            list_source(root)
+    finally:
+        open_place.chmod(0o755)
+        (open_place / "shut").chmod(0o755)
+        (open_place / "blind").chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.tar", "a.parquet"])
+def test_a_file_that_vanishes_after_it_was_listed_is_a_record(place, name):
+    (place / name).write(make_tar([("x.jpg", b"1")]) if name == "a.tar" else make_parquet([{"image": b"1"}]))
+    (place / "b.jpg").write(b"2")
+    listing = list_source(place)
+    (place / name).delete()
+    units = [u for some in plan_units(listing, 1) for u in split_parquet(some, place, 1)]
+    records = [r for unit in units for r in read_unit(place, unit, "image", "label")]
+    assert [(r.source, r.data) for r in records] == [(name, None), ("b.jpg", b"2")]
+    assert records[0].detail == "cannot be read: it is gone, or a link that leads nowhere"
+
+
+def test_a_file_that_vanishes_while_it_is_listed_is_not_there(tmp_path, monkeypatch):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"1")
+    real = os.stat
+    monkeypatch.setattr(os, "stat", lambda p, **k: (Path(p).name == "a.jpg" and Path(p).unlink(), real(p, **k))[1])
+    assert [entry.name for entry in list_source(Location(str(tmp_path))).entries] == ["b.jpg"]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.tar", "a.parquet"])
+@pytest.mark.parametrize("error", [OSError("S3 failed"), PermissionError("S3 refused"), TimeoutError()])
+def test_reading_that_fails_for_now_is_no_bad_image(on_s3, monkeypatch, name, error):
+    """Else a broken connection would leave images out of a pool for good."""
+    (on_s3 / name).write(make_parquet([{"image": b"1"}]))
+    listing = list_source(on_s3)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Location, "read", fail)
+    monkeypatch.setattr(Location, "local_copy", fail)
+    with pytest.raises(type(error)):
+        for unit in plan_units(listing, 1):
+            list(read_unit(on_s3, split_parquet(unit, on_s3, 1)[0], "image", "label"))
+
+
+def test_a_file_longer_than_any_image_is_not_read(place, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(tars, "MAX_FILE_BYTES", 1000)
+    (place / "a.jpg").write(b"1" * 1000)
+    (place / "b.mp4").write(b"1" * 1001)
+    (place / "c.tar").write(make_tar([("x.mp4", b"2" * 1001), ("y.jpg", b"3" * 1000)]))
+    assert [(r.source, r.data and len(r.data), r.detail) for r in scan(place)] == [
+        ("a.jpg", 1000, ""), ("b.mp4", None, "1001 bytes, more than 1000"),
+        ("c.tar", None, "1001 bytes, more than 1000"), ("c.tar", 1000, ""),
+    ]  # fmt: skip
+
+
+def test_what_systems_leave_in_folders_is_ignored(place):
+    left = [".DS_Store", "._a.jpg", "x/._a.jpg", ".ipynb_checkpoints/a.jpg", "Thumbs.db", "x/thumbs.db", "desktop.ini",
+            "__MACOSX/x/._a.jpg", ".Trash-1000/b.jpg"]  # fmt: skip
+    for name in [*left, "x/a.jpg", "a..jpg", "thumbs.jpg"]:
+        (place / name).write(b"1")
+    listing = list_source(place)
+    assert [entry.name for entry in listing.entries] == ["a..jpg", "thumbs.jpg", "x/a.jpg"]
+    assert listing.ignored == len(left)
 
 
 @pytest.mark.parametrize("part_rows", [1, 2, 3, 100])
@@ -379,6 +580,55 @@ def test_a_size_that_cannot_be_ends_a_tar(tmp_path, kind, size):
     assert records[-1].data is None and records[-1].detail.startswith("tar breaks off after ")
 
 
+def test_tars_one_after_the_other_are_read_to_the_last(tmp_path):
+    one = make_tar([("a.jpg", b"1"), ("b.jpg", b"2" * 700)], USTAR)
+    two = make_tar([("a.jpg", b"3"), ("é" * 80 + ".jpg", b"4")], PAX)
+    three = make_tar([("c.jpg", b"5")], GNU)
+    data = one + bytes(3 * 512) + two + make_tar([]) + three + bytes(10240)
+    records = scan_tar(tmp_path, data)
+    assert [r.data for r in records] == [b"1", b"2" * 700, b"3", b"4", b"5"]
+    assert all(data[r.offset : r.offset + len(r.data)] == r.data for r in records)
+    lone = one[: one.rindex(b"2") // 512 * 512 + 512] + bytes(512) + two  # one block of zeros between
+    assert [r.data for r in scan_tar(tmp_path, lone)] == [b"1", b"2" * 700, b"3", b"4"]
+
+
+def test_what_follows_a_tar_and_is_none_is_told(tmp_path):
+    whole = make_tar([("a.jpg", b"1")])
+    for more in (b"garbage", b"x" * 2000, bytes(5000) + b"\1"):
+        records = scan_tar(tmp_path, whole + more)
+        assert [r.data for r in records] == [b"1", None]
+        assert records[1].detail.startswith("tar breaks off after 1 members: ")
+
+
+def test_the_end_of_zeros_is_found_across_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "_ZEROS_AT_A_TIME", 1024)
+    one, two = make_tar([("a.jpg", b"1")]), make_tar([("b.jpg", b"2")])
+    for n in range(9):
+        assert [r.data for r in scan_tar(tmp_path, one + bytes(512 * n) + two)] == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_tar_is_one_record_that_says_so(tmp_path, pack):
+    [record] = scan_tar(tmp_path, pack(make_tar([("a.jpg", b"1")])))
+    assert record.data is None and record.detail == "tar breaks off after 0 members: it is compressed"
+
+
+def test_a_tar_in_a_tar_and_members_of_one_name(tmp_path):
+    inner = make_tar([("x.jpg", b"never")])
+    members = [("a.jpg", b"1"), ("in.tar", inner), ("a.jpg", b"2"), ("a.jpg", b"1")]
+    records = scan_tar(tmp_path, make_tar(members))
+    assert [(r.member, r.data) for r in records] == members
+    assert len({r.offset for r in records}) == 4
+
+
+def test_what_systems_leave_in_tars_is_ignored(tmp_path):
+    left = ["._a.jpg", "x/._b.jpg", "Thumbs.db", "__MACOSX/a.jpg", ".DS_Store"]
+    members = [("a.jpg", b"1"), *((name, b"no") for name in left), ("a.txt", b"still a's")]
+    members += [("./.cache/c.jpg", b"3"), ("../d.jpg", b"4")]
+    records = scan_tar(tmp_path, make_tar(members))
+    assert [(r.data, r.caption) for r in records] == [(b"1", "still a's"), (b"3", None), (b"4", None)]
+
+
 @pytest.mark.timeout(60)
 def test_garbage_never_raises_and_costs_nothing_before_it(tmp_path):
     """Random bytes in headers whose checksum is right: what stands before them is found."""
@@ -448,23 +698,75 @@ def test_parquet_without_other_columns_and_without_rows(tmp_path):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"picture": b"1", "label": 2}, "a.parquet must have a column 'image' with image bytes: it has picture, label"),
-        ({"image": "a.jpg"}, "an image column must be binary or a struct with binary 'bytes': got string"),
-        ({"image": {"path": "x"}}, r"must be binary or a struct with binary 'bytes': got struct<path: string>"),
-        ({"image": [b"1"]}, r"got list"),
+        ({"picture": b"1", "label": 2},
+         "must have a column 'image' (image_column) with image bytes: it has picture, label"),
+        ({"image": "a.jpg"}, "rows 0 to 0: an image column must be binary or a struct with binary 'bytes': got string"),
+        ({"image": {"path": "x"}}, "must be binary or a struct with binary 'bytes': got struct<path: string>"),
+        ({"image": [b"1"]}, "got list"),
+        ({"image": None}, "got null"),
     ],
-)
-def test_parquet_without_images_is_named(tmp_path, row, words):
+)  # fmt: skip
+def test_parquet_without_images_is_a_record(tmp_path, row, words):
     (tmp_path / "a.parquet").write_bytes(make_parquet([row]))
-    with pytest.raises(ValueError, match=words):
-        scan(Location(str(tmp_path)))
+    (tmp_path / "b.jpg").write_bytes(b"2")
+    record, other = scan(Location(str(tmp_path)))
+    assert (record.source, record.data, other.data) == ("a.parquet", None, b"2")
+    assert words in record.detail
 
 
 @pytest.mark.parametrize("cut", [0, 3, 50, -1])
-def test_a_broken_parquet_file_is_named(tmp_path, cut):
-    (tmp_path / "a.parquet").write_bytes(make_parquet([{"image": b"1"}])[:cut])
-    with pytest.raises(ValueError, match=r"a.parquet must be a Parquet file"):
-        scan(Location(str(tmp_path)))
+def test_a_broken_parquet_file_is_a_record(place, cut):
+    (place / "a.parquet").write(make_parquet([{"image": b"1"}])[:cut])
+    (place / "b.jpg").write(b"2")
+    record, other = scan(place)
+    assert (record.source, record.data, other.data) == ("a.parquet", None, b"2")
+    assert record.detail.startswith("must be a Parquet file: ") and str(place) not in record.detail
+
+
+def test_a_broken_row_group_costs_its_rows_alone(place):
+    rng = np.random.default_rng(0)
+    rows = [{"image": rng.bytes(2000), "label": i} for i in range(12)]
+    whole = make_parquet(rows, 3)
+    meta = pq.ParquetFile(io.BytesIO(whole)).metadata
+    spoilt = bytearray(whole)
+    at = meta.row_group(1).column(0).data_page_offset
+    spoilt[at : at + 30] = bytes(30)  # the header of a page
+    (place / "a.parquet").write(bytes(spoilt))
+    records = scan(place)
+    good = [r for r in records if r.data is not None]
+    assert [(r.offset, r.data) for r in good] == [(i, rows[i]["image"]) for i in range(12) if not 3 <= i < 6]
+    [bad] = [r for r in records if r.data is None]
+    assert bad.detail.startswith("rows 3 to 5: ") and records.index(bad) == 3
+    table = pool_rows(good)
+    assert list(read_checked(place, table)) == [r.data for r in good]
+    (place / "a.parquet").write(whole)
+    table = pool_rows(scan(place))
+    (place / "a.parquet").write(bytes(spoilt))
+    with pytest.raises(ValueError, match=r"a\.parquet must hold the images that the pool saw: "):
+        list(read_images(place, table))
+
+
+def test_odd_cells_do_not_cost_the_image(tmp_path):
+    """Text that is no UTF-8, times that Python cannot tell, names that stand twice."""
+    bad_text = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 4], "<i4")), pa.py_buffer(b"\xffabc"))
+    table = pa.table(
+        {
+            "image": [b"1", b"2"],
+            "caption": bad_text,
+            "at": pa.array([1, 10**18 + 1], pa.timestamp("ns")),
+            "far": pa.array([2**62, 0], pa.timestamp("us")),
+            "n": pa.array([float("nan"), 1.0]),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    records = scan(Location(str(tmp_path)))
+    assert [(r.data, r.caption) for r in records] == [(b"1", None), (b"2", "abc")]
+    note = json.loads(records[1].metadata)
+    assert note["at"] == "2001-09-09 01:46:40.000000001" and note["far"].startswith("1970-01-01")
+    twice = pa.Table.from_arrays([pa.array([b"1"]), pa.array([b"2"])], ["image", "image"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    [record] = scan(Location(str(tmp_path)))
+    assert record.data is None and record.detail == "rows 0 to 0: must have one column 'image': it has 2"
 
 
 @pytest.mark.parametrize("seed", range(15))
