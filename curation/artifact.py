@@ -8,9 +8,11 @@ and checksum. Times and hosts are kept out of it, in ``run.jsonl``, so equal wor
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +24,7 @@ from curation.store import Location, file_sha256
 FORMAT = 1  # of the manifest and the part files
 MAX_LISTED_FILES = 10_000  # beyond this the list of files is a Parquet file beside the manifest
 MANIFEST = "manifest.json"
+UNION = "union"  # the stage whose artifact is a list of others
 METADATA_KEY = b"openlvd"
 
 Counts = dict[str, int]
@@ -41,14 +44,19 @@ class FileInfo(NamedTuple):
 class Artifact:
     """The folder of one step at one fingerprint, finished or being made.
 
-    Only the location travels to workers; the manifest is read where it is needed.
+    Only the location travels to workers; the manifest is read where it is needed. A union has no parts of its own:
+    its ``parts``, ``starts`` and ``part`` are those of its members, so whatever reads an artifact reads a union.
     """
 
     location: Location
-    moved: Mapping[str, str] = field(default_factory=dict)  # where outside sources are now, if not where they were
+    moved: Mapping[str, str] = field(default_factory=dict)  # where outside sources are now, if not where they were;
+    # those of an input stand under its name and a dot
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"location": self.location, "moved": dict(self.moved)}
+        state: dict[str, Any] = {"location": self.location, "moved": dict(self.moved)}
+        if "manifest" in self.__dict__:  # spares every task the reading of it
+            state |= {"members": self.members, "_ends": self._ends}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -80,14 +88,28 @@ class Artifact:
         return [FileInfo(**row) for row in self.manifest["files"]]
 
     @cached_property
+    def members(self) -> list["Artifact"]:
+        """What a union is made of, in order; empty for everything else."""
+        if not self.is_complete() or self.stage != UNION:
+            return []
+        return [self._made_from(f"members.{name}") for name in self.manifest["config"]["members"]]
+
+    @cached_property
     def parts(self) -> list[FileInfo]:
-        """The files ``part-*.parquet`` in order."""
+        """The files ``part-*.parquet`` in order; of a union those of its members, one member after the other."""
+        if self.members:
+            return [part for member in self.members for part in member.parts]
         return [file for file in self.files if file.name.startswith("part-")]
 
     @property
     def stage(self) -> str:
         """The kind of step that made it."""
         return str(self.manifest["stage"])
+
+    @property
+    def kind(self) -> str:
+        """What it may be used as: the kind of step that made it, or of a union's members."""
+        return self.members[0].kind if self.members else self.stage
 
     @property
     def digest(self) -> str:
@@ -111,9 +133,22 @@ class Artifact:
         np.cumsum([part.rows for part in self.parts], out=starts[1:])
         return starts
 
-    def part(self, index: int) -> Location:
-        """Where part ``index`` is or will be."""
-        return self.location / part_name(index)
+    def part(self, index: int, prefix: str = "part") -> Location:
+        """Where part ``index``, or what stands beside it under another prefix, is or will be."""
+        member, own_index = self.member(index)
+        return member.location / part_name(own_index, prefix)
+
+    def member(self, index: int) -> tuple["Artifact", int]:
+        """The artifact that holds part ``index``, and its number there: a member of a union, or this one."""
+        if not self.members:
+            return self, index
+        which = bisect_right(self._ends, index)
+        return self.members[which].member(index - (self._ends[which - 1] if which else 0))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """How many parts a union has up to and with each member."""
+        return list(accumulate(len(member.parts) for member in self.members))
 
     def outside(self, name: str) -> Location:
         """An outside source that the config names, where it is now."""
@@ -121,16 +156,28 @@ class Artifact:
 
     def input(self, name: str) -> "Artifact":
         """The artifact that this one was made from. Raises KeyError when there is no such input."""
+        return self._made_from(name)
+
+    def _made_from(self, name: str) -> "Artifact":
         entry = self.manifest["inputs"][name]
-        location = self.location.parent.parent / entry["path"]
-        found = Artifact(location)
+        moved = {key.removeprefix(f"{name}."): at for key, at in self.moved.items() if key.startswith(f"{name}.")}
+        path = str(entry["path"])
+        base = self.location if path.startswith("./") else self.location.parent.parent
+        found = Artifact(at_path(base, path.removeprefix("./")), moved)
         if found.digest != entry["digest"]:
-            raise ValueError(f"{location} must have the content {self.location} was made from: its digest differs")
+            raise ValueError(
+                f"{found.location} must have the content {self.location} was made from: its digest differs"
+            )
         return found
 
     def has_input(self, name: str) -> bool:
         """Whether it was made from an input of this name."""
         return name in self.manifest["inputs"]
+
+
+def at_path(root: Location, path: str) -> Location:
+    """What a manifest or a run means by a path: below its root, or anywhere when it is absolute or a URI."""
+    return Location(path) if "://" in path or path.startswith("/") else root / path
 
 
 def part_name(index: int, prefix: str = "part") -> str:
@@ -209,7 +256,7 @@ def finish(location: Location, files: Sequence[FileInfo], head: Mapping[str, Any
 
 def pool_of(artifact: Artifact) -> Artifact:
     """The pool whose rows an artifact describes, found along its inputs. Raises ValueError."""
-    if artifact.stage == "pool":
+    if artifact.kind == "pool":
         return artifact
     for name in ("pool", "embeddings", "neighbors", "hierarchy", "selection"):
         if artifact.has_input(name):

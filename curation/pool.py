@@ -10,6 +10,10 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
+from curation.artifact import Artifact
+from curation.sources import source_root
+from curation.store import Location
+
 KEYS_PER_PARTITION = 1 << 22  # rows of one hash partition: 40 bytes each, so a task holds some 700 MB
 
 SCAN_SCHEMA = pa.schema(
@@ -51,7 +55,7 @@ class PoolConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    source: str  # folder, tar, Parquet file or S3 prefix
+    source: str  # folder, S3 prefix, tar, Parquet or image file, or a pattern such as crawl/**/part-*.tar
     min_side: int = 1  # pixels, the shorter side
     max_aspect_ratio: float = 100.0  # longer side over shorter side
     max_pixels: int = 178_956_970  # width * height, checked from the header before decoding
@@ -115,3 +119,9 @@ def part_sizes(n_kept: np.ndarray, part_rows: int) -> tuple[np.ndarray, np.ndarr
     unit = np.repeat(np.arange(len(n_kept)), n_parts)
     within = np.arange(first[-1]) - first[unit]
     return first, np.minimum(part_rows, n_kept[unit] - within * part_rows).astype(np.int64)
+
+
+def source_of_part(pool: Artifact, index: int) -> tuple[Location, str]:
+    """What the names in a part of a pool are relative to, and the column of images if it was made from Parquet."""
+    member, _ = pool.member(index)
+    return source_root(member.outside("source")), str(member.manifest["config"]["image_column"])

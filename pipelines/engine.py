@@ -12,10 +12,10 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from curation.artifact import Artifact, Counts, finish, pool_of
+from curation.artifact import Artifact, Counts, at_path, finish, pool_of
 from curation.store import Entry, Location
 from pipelines.errors import TaskError, UserError
 from pipelines.executor import LocalExecutor
@@ -27,6 +27,9 @@ from pipelines.stage import FOUND, SCRATCH, Output, Stage
 from pipelines.stages.table import STAGES
 
 Look = tuple[Sequence[Entry] | None, Any]  # what is outside: its listing, and what the stage made of it
+OnStep = Callable[[str, str], Callable[[int, int], None]]  # name and stage of a step -> what is told its progress
+FINGERPRINT = "fingerprint"  # in the scratch of a step at a place that does not say it
+NUMERICS = "numerics.json"  # in the scratch of every step: the kind of machine that makes it
 RUN_FILE = "run.json"  # which artifact each step of the last run on this root is at
 LOG_FILE = "run.jsonl"  # beside a manifest: times and hosts, a line an attempt
 
@@ -42,6 +45,7 @@ class Prepared:
     found_digest: str | None
     fingerprint: str
     location: Location
+    placed: bool = False  # at a place of the user's choice, not below the root
 
     @property
     def locations(self) -> dict[str, str]:
@@ -50,8 +54,9 @@ class Prepared:
         return {name: str(Location(uri).resolved()) for name, uri in given.items() if uri}
 
     def artifact(self) -> Artifact:
-        """The output, done or not."""
-        return Artifact(self.location, self.locations)
+        """The output, done or not; it knows where its own sources and those of its inputs are now."""
+        inherited = {f"{name}.{key}": at for name, found in self.inputs.items() for key, at in found.moved.items()}
+        return Artifact(self.location, self.locations | inherited)
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,14 @@ def config_values(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def prepare(step: Step, done: Mapping[str, Artifact], root: Location, outside: Mapping[str, Look]) -> Prepared:
-    """Find the fingerprint of a step whose inputs are finished."""
+def prepare(
+    step: Step,
+    done: Mapping[str, Artifact],
+    root: Location,
+    outside: Mapping[str, Look],
+    place: Location | None = None,
+) -> Prepared:
+    """Find the fingerprint of a step whose inputs are finished. Its output goes to ``place``, or below the root."""
     stage = STAGES[step.stage]
     inputs = {name: done[source] for name, source in step.inputs.items()}
     entries, found = outside.get(step.name, (None, None))
@@ -90,27 +101,34 @@ def prepare(step: Step, done: Mapping[str, Artifact], root: Location, outside: M
         # what was listed outside is known by its content, so where it lies does not count
         "config": {k: v for k, v in config_values(step.config).items() if k not in listed},
         "inputs": {name: artifact.digest for name, artifact in inputs.items()},
-        "through": {path: reached(inputs, path).digest for path in stage.through},
+        "through": {path: found.digest for path, found in reached(inputs, stage.through).items()},
         "found": found_digest,
     }
     fingerprint = content_id(identity)[:16]
-    return Prepared(step, stage, inputs, found, found_digest, fingerprint, root / step.name / fingerprint)
+    at = place or root / step.name / fingerprint
+    return Prepared(step, stage, inputs, found, found_digest, fingerprint, at, placed=place is not None)
 
 
-def reached(inputs: Mapping[str, Artifact], path: str) -> Artifact:
-    """The input of an input, such as ``neighbors.embeddings``."""
-    first, *rest = path.split(".")
-    artifact = inputs[first]
-    for name in rest:
-        artifact = artifact.input(name)
-    return artifact
+def reached(inputs: Mapping[str, Artifact], paths: Sequence[str]) -> dict[str, Artifact]:
+    """The inputs of inputs at paths such as ``neighbors.embeddings``; ``seeds.pool`` is one of each seed of a list."""
+    found: dict[str, Artifact] = {}
+    for path in paths:
+        first, *rest = path.split(".")
+        for name, artifact in inputs.items():
+            if name == first or name.startswith(f"{first}."):
+                end: Artifact | None = artifact
+                for step in rest:
+                    end = end.input(step) if end is not None and end.has_input(step) else None
+                if end is not None:
+                    found[".".join([name, *rest])] = end
+    return found
 
 
 def check_one_pool(step: Step, inputs: Mapping[str, Artifact]) -> None:
     """Rows of a selection are rows of one pool. Raises UserError when the other inputs are of another."""
     if "selection" not in inputs:
         return
-    other = "pool" if "pool" in inputs else "embeddings"
+    other = next(name for name in ("pool", "embeddings", "hierarchy") if name in inputs)
     if pool_of(inputs["selection"]).digest != pool_of(inputs[other]).digest:
         raise UserError(
             f"{step.name}.selection must select from the pool of {step.name}.{other}: "
@@ -137,6 +155,8 @@ def look_outside(steps: Sequence[Step]) -> dict[str, Look]:
 
 def run_step(prepared: Prepared, root: Location, executor: LocalExecutor | RayExecutor) -> Counts:
     """Make what is missing of a step and finish it with its manifest."""
+    if prepared.placed:
+        (prepared.location / SCRATCH / FINGERPRINT).write(prepared.fingerprint.encode())
     keep_if_alike(prepared.location, executor.resources.mixed_machines)
     out = Output(prepared.location, executor)
     started = time.time()
@@ -156,7 +176,7 @@ def run_step(prepared: Prepared, root: Location, executor: LocalExecutor | RayEx
         "config": {k: v for k, v in config_values(prepared.step.config).items() if k not in prepared.stage.locations},
         "locations": prepared.locations,
         "inputs": {
-            name: {"path": relative_path(artifact.location, root), "digest": artifact.digest}
+            name: {"path": input_path(artifact.location, prepared, root), "digest": artifact.digest}
             for name, artifact in prepared.inputs.items()
         },
         "found": prepared.found_digest,
@@ -171,12 +191,44 @@ def run_step(prepared: Prepared, root: Location, executor: LocalExecutor | RayEx
 
 def keep_if_alike(location: Location, mixed_machines: bool) -> None:
     """Parts that an interrupted run left are kept if it had this machine's numerics: one step, one kind of bits."""
-    tag = location / SCRATCH / "numerics.json"
-    mine = json.dumps(numerics(), sort_keys=True).encode()
-    if location.is_folder() and not mixed_machines and not (tag.exists() and tag.read() == mine):
+    tag = location / SCRATCH / NUMERICS
+    mine = numerics_tag()
+    placed = (location / SCRATCH / FINGERPRINT).exists()  # then check_place has looked, and what is not ours stays
+    if not placed and location.is_folder() and not mixed_machines and not (tag.exists() and tag.read() == mine):
         location.delete()
     location.sweep()
     tag.write(mine)
+
+
+def numerics_tag() -> bytes:
+    """The kind of this machine, as a step notes it."""
+    return json.dumps(numerics(), sort_keys=True).encode()
+
+
+def check_place(prepared: Prepared, mixed_machines: bool) -> None:
+    """A place of the user's choice is empty (hidden files aside) or holds this very step. Raises UserError."""
+    at, artifact = prepared.location, Artifact(prepared.location)
+    if artifact.is_complete():
+        found, what = str(artifact.manifest.get("fingerprint")), f"a finished {artifact.stage} artifact"
+    elif (at / SCRATCH / FINGERPRINT).exists():
+        found, what = (at / SCRATCH / FINGERPRINT).read().decode(), "parts"
+    else:
+        others = [entry.name for entry in at.list() if not entry.name.startswith(".")] if at.is_folder() else []
+        if others:
+            raise UserError(f"{at} must be empty: got {len(others)} files, first {others[0]}", "choose another --out")
+        return
+    if found != prepared.fingerprint:
+        raise UserError(
+            f"{at} must be empty or of these inputs and settings: got {what} of others, fingerprint {found} and not "
+            f"{prepared.fingerprint}",
+            "choose another --out",
+        )
+    tag = at / SCRATCH / NUMERICS
+    if not artifact.is_complete() and not mixed_machines and tag.exists() and tag.read() != numerics_tag():
+        raise UserError(
+            f"{at} must hold parts made by machines of one kind: got some of {tag.read().decode()}",
+            "choose another --out, or allow mixed_machines: same bytes become a tolerance",
+        )
 
 
 def drop_scratch(artifact: Artifact) -> None:
@@ -187,8 +239,16 @@ def drop_scratch(artifact: Artifact) -> None:
 
 
 def relative_path(location: Location, root: Location) -> str:
-    """``step/fingerprint`` of an artifact below a root."""
+    """``step/fingerprint`` of an artifact below a root, the whole URI of one that is elsewhere."""
     return location.uri.removeprefix(root.uri.rstrip("/") + "/")
+
+
+def input_path(location: Location, prepared: Prepared, root: Location) -> str:
+    """How a manifest names an input: below the root, below the artifact itself (``./...``), or by its whole URI."""
+    if not prepared.placed:
+        return relative_path(location, root)
+    path = relative_path(location, prepared.location)
+    return path if path == location.uri else f"./{path}"
 
 
 def log_run(location: Location, event: Mapping[str, Any]) -> None:
@@ -211,11 +271,13 @@ def run_recipe(
     root: Location,
     executor: LocalExecutor | RayExecutor,
     until: str | None = None,
-    on_step: Callable[[str, str], Callable[[int, int], None]] = lambda name, stage: lambda done, total: None,
+    on_step: OnStep = lambda name, stage: lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
+    places: Mapping[str, Location] | None = None,
 ) -> Iterator[StepResult]:
     """Run the steps in order, each result as it is there. ``on_step`` gives the progress callback of a step.
 
+    ``places`` are where steps go that are not to be below the root; the next run finds them there again.
     Raises UserError or TaskError; what is finished stays, and the next run goes on from there.
     """
     steps = chosen_steps(recipe, until)
@@ -223,20 +285,53 @@ def run_recipe(
     outside = look_outside(steps)
     with lock_root(root, say):
         done: dict[str, Artifact] = {}
+        elsewhere = noted_elsewhere(root)
         note_run(root, recipe, done)
         for step in steps:
-            prepared = prepare(step, done, root, outside)
-            artifact = prepared.artifact()
-            state, started = "done before", time.time()
-            if not artifact.is_complete():
-                executor.progress = on_step(step.name, step.stage)
-                run_step(prepared, root, executor)
-                state, artifact = "done", prepared.artifact()
-            drop_scratch(artifact)
+            prepared = prepare(step, done, root, outside, (places or {}).get(step.name))
+            artifact, result = finish_step(where_it_is(prepared, elsewhere), root, executor, on_step)
             done[step.name] = artifact
             note_run(root, recipe, done)
-            seconds = time.time() - started if state == "done" else 0.0
-            yield StepResult(step.name, step.stage, state, artifact.counts, seconds, artifact.location)
+            yield result
+
+
+def run_alone(
+    step: Step,
+    inputs: Mapping[str, Artifact],
+    place: Location,
+    executor: LocalExecutor | RayExecutor,
+    on_step: OnStep = lambda name, stage: lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> StepResult:
+    """Run one step on artifacts from anywhere, by the names in ``step.inputs``; its artifact is made at ``place``.
+
+    Same fingerprint, files and manifest as in a recipe. Raises UserError, also when something else is at ``place``,
+    or TaskError.
+    """
+    place = place.resolved()
+    prepared = prepare(step, inputs, place, look_outside([step]), place)
+    for name, at in prepared.locations.items():
+        if f"{place}/".startswith(f"{at.rstrip('/')}/"):
+            raise UserError(f"{place} must not be in the {name}: got {at}", "choose another --out")
+    check_place(prepared, executor.resources.mixed_machines)  # before the lock, which leaves a file there
+    with lock_root(place, say):
+        return finish_step(prepared, place, executor, on_step)[1]
+
+
+def finish_step(
+    prepared: Prepared, root: Location, executor: LocalExecutor | RayExecutor, on_step: OnStep
+) -> tuple[Artifact, StepResult]:
+    """The output of a step, made now unless it is there."""
+    step, artifact, started = prepared.step, prepared.artifact(), time.time()
+    if prepared.placed:
+        check_place(prepared, executor.resources.mixed_machines)
+    state, seconds = "done before", 0.0
+    if not artifact.is_complete():
+        executor.progress = on_step(step.name, step.stage)
+        run_step(prepared, root, executor)
+        state, seconds, artifact = "done", time.time() - started, prepared.artifact()
+    drop_scratch(artifact)
+    return artifact, StepResult(step.name, step.stage, state, artifact.counts, seconds, artifact.location)
 
 
 def chosen_steps(recipe: Recipe, until: str | None) -> tuple[Step, ...]:
@@ -260,17 +355,36 @@ def note_run(root: Location, recipe: Recipe, done: Mapping[str, Artifact]) -> No
     (root / RUN_FILE).write((json.dumps({"seed": recipe.seed, "steps": steps}, indent=1) + "\n").encode())
 
 
+def noted_elsewhere(root: Location) -> dict[str, Location]:
+    """The steps of the last run on a root that were made outside it, and where."""
+    if not (root / RUN_FILE).exists():
+        return {}
+    steps = json.loads((root / RUN_FILE).read())["steps"]
+    found = {name: at_path(root, entry["path"]) for name, entry in steps.items() if entry["path"]}
+    return {name: at for name, at in found.items() if not at.uri.startswith(root.uri.rstrip("/") + "/")}
+
+
+def where_it_is(prepared: Prepared, elsewhere: Mapping[str, Location]) -> Prepared:
+    """A step that is to be below the root is taken from where an earlier run has put it, if that is the same."""
+    at = elsewhere.get(prepared.step.name)
+    if at is None or prepared.placed or prepared.artifact().is_complete() or not Artifact(at).is_complete():
+        return prepared
+    same = Artifact(at).manifest["fingerprint"] == prepared.fingerprint
+    return replace(prepared, location=at, placed=True) if same else prepared
+
+
 def plan_recipe(recipe: Recipe, root: Location, until: str | None = None) -> Iterator[StepResult]:
     """What a run would do, without doing any of it."""
     root = root.resolved()
     done: dict[str, Artifact] = {}
     steps = chosen_steps(recipe, until)
     outside = look_outside(steps)
+    elsewhere = noted_elsewhere(root)
     for step in steps:
         if any(source not in done for source in step.inputs.values()):
             yield StepResult(step.name, step.stage, "to do after its inputs", {}, 0.0, None)
             continue
-        prepared = prepare(step, done, root, outside)
+        prepared = where_it_is(prepare(step, done, root, outside), elsewhere)
         artifact = prepared.artifact()
         if artifact.is_complete():
             done[step.name] = artifact
@@ -288,4 +402,7 @@ def read_root(root: Location) -> dict[str, Artifact | None]:
         noted = json.loads((root / RUN_FILE).read())
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{root} must be the root of a run: it has no {RUN_FILE}", "start one with openlvd run") from e
-    return {name: Artifact(root / entry["path"]) if entry["path"] else None for name, entry in noted["steps"].items()}
+    return {
+        name: Artifact(at_path(root, entry["path"])) if entry["path"] else None
+        for name, entry in noted["steps"].items()
+    }

@@ -16,6 +16,7 @@ from pipelines.executor import Resources
 from pipelines.stage import Stage
 
 Config = TypeVar("Config")
+SHIPPED = Path(__file__).parent / "recipes"
 TOP_KEYS = ("seed", "root", "resources", "steps")
 STEP = "(a step)"  # stands in a config where the value is an input
 
@@ -27,7 +28,8 @@ class Step:
     name: str
     stage: str
     config: Any
-    inputs: Mapping[str, str]  # input name -> step name
+    inputs: Mapping[str, str]  # input name -> step name; of a list "name.step" -> step
+    kind: str = ""  # what its output can be used as: the stage, or that of a union's members
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,19 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 
 
 def read_recipe(location: Location, overrides: Sequence[str], stages: Mapping[str, Stage]) -> Recipe:
-    """Read a recipe file and apply ``step.key=value`` overrides. Raises UserError."""
+    """Read a recipe, a file or the name of one that comes with the package, and apply ``step.key=value`` overrides.
+
+    A file of the same name wins. Raises UserError.
+    """
+    shipped = {path.stem: path for path in SHIPPED.glob("*.yaml")}
+    if location.uri in shipped and not location.exists():
+        location = Location(str(shipped[location.uri]))
     try:
         text = location.read().decode()
     except (FileNotFoundError, IsADirectoryError) as e:
-        raise UserError(f"no recipe {location}", "give the path of a YAML file; see the README for one") from e
+        raise UserError(
+            f"no recipe {location}", f"give the path of a YAML file, or one of {', '.join(sorted(shipped))}"
+        ) from e
     tree = parse_yaml(text, location.name)
     for override in overrides:
         apply_override(tree, override)
@@ -143,11 +153,15 @@ def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[s
     if not isinstance(kind, str) or kind not in stages:
         raise UserError(f"{name}.stage must be a known stage: got {kind!r}", did_you_mean(str(kind), stages))
     stage = stages[kind]
-    inputs: dict[str, str] = {}
+    inputs = {
+        f"{key}.{source}": source
+        for key, kinds in stage.lists.items()
+        for source in find_list(f"{name}.{key}", values.get(key), kinds, earlier)
+    }
     for key, kinds in {**stage.reads, **stage.optional, **stage.step_or_value}.items():
         value = values.get(key)
         if key in stage.step_or_value and value not in [step.name for step in earlier]:
-            check_backbone(f"{name}.{key}", value, [step.name for step in earlier if step.stage in kinds])
+            check_backbone(f"{name}.{key}", value, [step.name for step in earlier if step.kind in kinds])
             continue
         values.pop(key, None)
         if value is not None:
@@ -160,22 +174,47 @@ def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[s
         inputs |= {step.name: step.name for step in earlier}
     if "seed" in {field.name for field in fields(stage.config)}:
         values.setdefault("seed", seed)
-    return Step(name, kind, structure(stage.config, values, name), inputs)
+    config: Any = structure(stage.config, values, name)
+    if stage.check is not None:
+        stage.check(name, config, inputs)
+    return Step(name, kind, config, inputs, acts_as(f"{name}.{stage.acts_as}", stage, inputs, earlier) or kind)
+
+
+def acts_as(key: str, stage: Stage, inputs: Mapping[str, str], earlier: Sequence[Step]) -> str | None:
+    """The one kind of the steps in the list that a stage's output stands for. Raises UserError for several."""
+    kinds = {step.name: step.kind for step in earlier}
+    found = {kinds[source]: source for name, source in inputs.items() if name.startswith(f"{stage.acts_as}.")}
+    if len(found) > 1:
+        some = " and ".join(f"{source}, a {kind} step" for kind, source in found.items())
+        raise UserError(f"{key} must be steps of one kind: got {some}", "make one union of pools, one of embeddings")
+    return next(iter(found), None)
 
 
 def check_backbone(key: str, value: Any, trained: Sequence[str]) -> None:
     """What names no earlier step must be a model: a typing mistake is not looked up on the internet."""
     known = ["pixels", *trained]
-    if isinstance(value, str) and value and value not in known and "/" not in value and not Path(value).is_dir():
+    if isinstance(value, str) and value and value not in known and "/" not in value and not Path(value).exists():
         raise UserError(
-            f"{key} must be pixels, an earlier train step, a folder or a Hugging Face owner/name: got {value!r}",
+            f"{key} must be pixels, an earlier train step, a folder, a file or a hub's owner/name: got {value!r}",
             did_you_mean(value, known),
         )
 
 
+def find_list(key: str, value: Any, kinds: Sequence[str], earlier: Sequence[Step]) -> list[str]:
+    """The names of several earlier steps of fitting kinds, each once."""
+    if not isinstance(value, list) or not value:
+        fitting = ", ".join(step.name for step in earlier if step.kind in kinds)
+        raise UserError(f"{key} must be a list of earlier steps: got {value!r}", f"for example {key}: [{fitting}]")
+    names = [find_input(key, name, kinds, earlier) for name in value]
+    doubles = [name for i, name in enumerate(names) if name in names[:i]]
+    if doubles:
+        raise UserError(f"{key} must name a step once: got {doubles[0]!r} twice", "leave one of them out")
+    return names
+
+
 def find_input(key: str, value: Any, kinds: Sequence[str], earlier: Sequence[Step]) -> str:
     """The name of an earlier step of a fitting kind."""
-    names = {step.name: step.stage for step in earlier}
+    names = {step.name: step.kind for step in earlier}
     if not isinstance(value, str) or value not in names:
         fitting = [name for name, kind in names.items() if kind in kinds]
         raise UserError(f"{key} must name an earlier step: got {value!r}", did_you_mean(str(value), fitting))

@@ -2,7 +2,8 @@
 
     run(config, inputs, out, executor) -> counts
 
-``inputs`` has the artifacts by name and, for a stage that reads from outside, ``FOUND``: what its ``look`` listed.
+``inputs`` has the artifacts by name (those of a list as ``list.step``, see ``listed``) and, for a stage that reads from
+outside, ``FOUND``: what its ``look`` listed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from curation.store import Entry, Location
 Item = TypeVar("Item")
 Inputs = Mapping[str, Any]
 SCRATCH = "scratch"
-SELECTIONS = ("select", "dedup", "decontaminate", "sample")  # stages whose output says which rows go on
+SELECTIONS = ("select", "dedup", "decontaminate", "retrieve", "sample", "mix")  # their output says which rows go on
 FOUND = "(found)"  # among the inputs: what ``look`` made of its listing; no step can have this name
 
 
@@ -29,10 +30,15 @@ class Stage:
     run: Callable[[Any, Inputs, "Output", Executor], Counts]
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # input -> the stages it may come from
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs that may be left out
+    lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # config fields that name several steps
     step_or_value: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a step, or else a value of the config
-    through: tuple[str, ...] = ()  # inputs of inputs that it reads too, such as "embeddings.pool"
+    through: tuple[str, ...] = ()  # inputs of inputs that it reads too, such as "embeddings.pool", or "seeds.pool" of
+    # every artifact of a list
+    acts_as: str | None = None  # its output can be used as what this list holds
     reads_all: bool = False  # every earlier step is an input, under its own name
     locations: tuple[str, ...] = ()  # config fields that say where, not what: kept out of the fingerprint
+    check: Callable[[str, Any, Mapping[str, str]], None] | None = None  # of a step's name, config and inputs (name ->
+    # step): raises UserError when the recipe is read
     look: Callable[[Any], tuple[Sequence[Entry] | None, Any]] | None = None  # what is found outside, and ``found``
 
 
@@ -91,6 +97,11 @@ class Output:
     def _add(self, made: Iterable[Any]) -> None:
         for files in made:
             self.files += [files] if isinstance(files, FileInfo) else files
+
+
+def listed(inputs: Inputs, name: str, names: Sequence[str]) -> list[Artifact]:
+    """The artifacts of a list, in the order of the config's ``names``."""
+    return [inputs[f"{name}.{step}"] for step in names]
 
 
 def whole_files(out: Location, names: Sequence[str]) -> list[FileInfo]:

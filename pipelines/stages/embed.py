@@ -14,8 +14,9 @@ import pyarrow as pa
 from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, read_table, write_table
 from curation.embeddings import write_embeddings
 from curation.execute import Executor
-from curation.selection import read_selection
-from curation.sources import read_checked, source_root
+from curation.pool import source_of_part
+from curation.selection import selected_rows
+from curation.sources import read_checked
 from curation.store import Entry, Location, file_sha256
 from embedding.config import EmbedConfig
 from pipelines.recipe import STEP
@@ -39,7 +40,6 @@ class Images(NamedTuple):
 
     pool: Artifact
     selection: Artifact | None
-    root: Location
     max_pixels: int
     out: Location
 
@@ -48,9 +48,11 @@ def look(config: EmbedConfig) -> tuple[Sequence[Entry] | None, None]:
     """The weights of a model that no step of the recipe made: name, size and sha256 of its files."""
     if config.backbone in ("pixels", STEP):
         return None, None
-    from embedding.backbone import find_folder
+    from embedding.backbone import weight_files
 
-    files = sorted(path for path in find_folder(config.backbone).iterdir() if path.suffix in (".json", ".safetensors"))
+    files = weight_files(config.backbone)
+    if not files:
+        raise FileNotFoundError(f"no model {config.backbone}")
     return [Entry(path.name, path.stat().st_size, file_sha256(path)) for path in files], None
 
 
@@ -74,7 +76,7 @@ def embed_pool(
     model: Model, pool: Artifact, selection: Artifact | None, max_pixels: int, out: Output, executor: Executor
 ) -> None:
     """Embed the selected rows of a pool into ``out``; its facts say width and backbone."""
-    images = Images(pool, selection, source_root(pool.outside("source")), max_pixels, out.location)
+    images = Images(pool, selection, max_pixels, out.location)
     items = list(range(len(pool.parts)))
     names = [[part_name(i, "rejected"), part_name(i)] for i in items]
     out.make_by_workers(partial(make_worker, model, images), items, names, executor_gpus(executor))
@@ -106,11 +108,10 @@ def make_worker(model: Model, images: Images) -> Callable[[int], list[FileInfo]]
     identity = json.dumps(backbone.identity, sort_keys=True).encode()
 
     def work(index: int) -> list[FileInfo]:
-        table = read_table(images.pool.part(index))
-        if images.selection is not None:
-            table = table.take(pa.array(read_selection(images.selection.part(index)).rows))
-        rows = table["row_id"].to_numpy() - (images.pool.starts[index])
-        data = read_checked(images.root, table, images.pool.manifest["config"]["image_column"])
+        rows = selected_rows(images.pool, images.selection, index).rows
+        table = read_table(images.pool.part(index)).take(pa.array(rows))
+        root, image_column = source_of_part(images.pool, index)
+        data = read_checked(root, table, image_column)
         vectors, good, rejected = [np.zeros((0, backbone.width), np.float16)], [np.zeros(0, np.int64)], []
         start = 0
         while chunk := list(islice(data, CHUNK)):
@@ -137,7 +138,7 @@ def write_part(
 
 
 STAGE = Stage(
-    version=1,
+    version=2,
     config=EmbedConfig,
     run=run,
     reads={"pool": ("pool",)},

@@ -119,7 +119,7 @@ def predict_part(
 
 
 STAGE = Stage(
-    version=2,
+    version=3,
     config=EvaluateConfig,
     run=run,
     reads={"bank": ("pool",), "queries": ("pool",)},
