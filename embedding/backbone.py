@@ -1,6 +1,7 @@
-"""What makes a vector of an image: the pixels themselves, a ViT of this project, or a Hugging Face model.
+"""What makes a vector of an image: the pixels, a ViT of this project, a Hugging Face model, or a TorchScript file.
 
-Weights are read from safetensors alone, and no code that comes with a model is run.
+Weights are read from safetensors alone, and no Python code that comes with a model is run. A TorchScript file is a
+program of tensor operations; name one only if you trust whom it comes from.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from embedding.vit import Tokens, ViT
 from embedding.vit_config import ViTConfig
 
 VIT_FORMAT = "openlvd-vit"
+SCRIPT_SUFFIXES = (".pt", ".torchscript")
 
 _T = TypeVar("_T")
 
@@ -49,7 +51,8 @@ def load_backbone(spec: str, *, pooling: str = "cls", device: str = "cpu") -> Ba
     """The backbone that ``spec`` names.
 
     spec: "pixels"; a folder written by ``save_vit``; a folder written by transformers with its
-    preprocessor_config.json; or a name on the Hugging Face hub, downloaded once. A folder wins over a name.
+    preprocessor_config.json (of CLIP and its kin the projected image embedding); a TorchScript file (``.pt``, see ``script_preprocess``) that gives vectors (n, width); or
+    a name on the Hugging Face hub, downloaded once. A folder wins over a name.
     pooling: "cls", the CLS token after the final norm, or "mean", the mean of the patch tokens. Raises ValueError
     for a spec that is none of these, ImportError when transformers is needed and missing.
     """
@@ -58,6 +61,8 @@ def load_backbone(spec: str, *, pooling: str = "cls", device: str = "cpu") -> Ba
     if spec == "pixels":
         identity = {"name": "pixels", "weights": None, "preprocess": {"size": 16, "resample": "box"}}
         return Backbone(PIXELS_WIDTH, identity, pixel_descriptor, lambda batch: batch)
+    if is_script(spec):
+        return _script_backbone(Path(spec).expanduser(), device)
     folder = find_folder(spec)
     if _read_config(folder).get("format") == VIT_FORMAT:
         return _own_backbone(folder, pooling, device)
@@ -71,6 +76,31 @@ def find_folder(spec: str) -> Path:
     """
     folder = Path(spec).expanduser()
     return folder if folder.is_dir() else _download(spec)
+
+
+def is_script(spec: str) -> bool:
+    """Whether ``spec`` names a TorchScript file."""
+    return spec.endswith(SCRIPT_SUFFIXES) and not Path(spec).expanduser().is_dir()
+
+
+def weight_files(spec: str) -> list[Path]:
+    """The files whose content decides about the vectors of a model that is named by folder, file or hub name."""
+    if is_script(spec):
+        script = Path(spec).expanduser()
+        return [path for path in (script, script.parent / "preprocessor_config.json") if path.is_file()]
+    return sorted(path for path in find_folder(spec).iterdir() if path.suffix in (".json", ".safetensors"))
+
+
+def script_preprocess(script: Path) -> Preprocess:
+    """What a TorchScript file wants to see: ``preprocessor_config.json`` beside it, in the format of Hugging Face.
+
+    The files of SSCD (https://github.com/facebookresearch/sscd-copy-detection, ``sscd_*.torchscript.pt``) do without:
+    320 x 320 pixels without keeping the aspect, ImageNet mean and deviation, as their authors publish. Raises
+    ValueError for another file without one: a guess would give other vectors unnoticed.
+    """
+    if not script.name.startswith("sscd_") or (script.parent / "preprocessor_config.json").is_file():
+        return read_hf_preprocess(script.parent)
+    return Preprocess(size=320, keep_aspect=False, crop=None, resample="bilinear")
 
 
 def save_vit(folder: str | Path, vit: ViT, preprocess: Preprocess) -> None:
@@ -158,6 +188,8 @@ def _hf_backbone(folder: Path, pooling: str, device: str) -> Backbone:
     preprocess = read_hf_preprocess(folder)
     model = _load_hf_model(folder).to(device)
     config = {k: v for k, v in _read_config(folder).items() if k not in ("transformers_version", "_name_or_path")}
+    if hasattr(model, "get_image_features"):
+        return _image_text_backbone(model, folder, config, preprocess, device)
     n_prefix = 1 + (getattr(model.config, "num_register_tokens", 0) or 0)
 
     def pooled(batch: Tensor) -> Tensor:
@@ -170,6 +202,44 @@ def _hf_backbone(folder: Path, pooling: str, device: str) -> Backbone:
 
     identity = _identity(str(model.config.model_type), folder, config, preprocess, pooling)
     return Backbone(model.config.hidden_size, identity, preprocess, _forward(pooled, device))
+
+
+def _image_text_backbone(model: Any, folder: Path, config: Any, preprocess: Preprocess, device: str) -> Backbone:
+    """CLIP and its kin: the vector is the projected image embedding, which the model pools by itself."""
+
+    def pooled(batch: Tensor) -> Tensor:
+        found = model.get_image_features(pixel_values=batch)
+        vectors: Tensor = getattr(found, "pooler_output", found)  # a tensor before transformers 5
+        return vectors
+
+    forward = _forward(pooled, device)
+    width = forward(np.zeros((1, 3, preprocess.side, preprocess.side), np.float32)).shape[1]
+    identity = _identity(str(model.config.model_type), folder, config, preprocess, "model")
+    return Backbone(width, identity, preprocess, forward)
+
+
+def _script_backbone(script: Path, device: str) -> Backbone:
+    if not script.is_file():
+        raise ValueError(f"backbone must be 'pixels', a folder, a file or a Hugging Face name: no file {script}")
+    preprocess = script_preprocess(script)
+    try:
+        model = torch.jit.load(script, map_location=device).eval()  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f"{script} must be a TorchScript file: {str(e).splitlines()[0]}") from e
+
+    def pooled(batch: Tensor) -> Tensor:
+        vectors: Tensor = model(batch)
+        if vectors.ndim != 2:
+            raise ValueError(f"a TorchScript backbone must give vectors (n, width): got {tuple(vectors.shape)}")
+        return vectors
+
+    forward = _forward(pooled, device)
+    width = forward(np.zeros((1, 3, preprocess.side, preprocess.side), np.float32)).shape[1]
+    with script.open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    name = script.name.split(".")[0]
+    identity = {"name": name, "weights": weights, "preprocess": dataclasses.asdict(preprocess)}
+    return Backbone(width, json.loads(json.dumps(identity)), preprocess, forward)
 
 
 def _forward(
@@ -228,7 +298,7 @@ def _load_hf_model(folder: Path) -> Any:
         raise ValueError(
             f"{folder} must hold every weight of the model: {len(missing)} are missing, first {missing[0]}"
         )
-    if not isinstance(getattr(model.config, "hidden_size", None), int):
+    if not hasattr(model, "get_image_features") and not isinstance(getattr(model.config, "hidden_size", None), int):
         raise ValueError(
             f"the model must be an image encoder with hidden_size: got {model.config.model_type} in {folder}"
         )

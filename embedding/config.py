@@ -14,8 +14,8 @@ class EmbedConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # read by pipelines/, no import here
 
-    backbone: str  # "pixels", a folder, or a name on the Hugging Face hub
-    pooling: str = "cls"  # or "mean": of the patch tokens
+    backbone: str  # "pixels", a folder, a TorchScript file, or a name on the Hugging Face hub
+    pooling: str = "cls"  # or "mean": of the patch tokens; CLIP and TorchScript files pool by themselves
     max_pixels: int = MAX_PIXELS  # larger images are bad: "too_large"
     max_bad_fraction: float = 0.05  # share of images that do not decode at which the step stops
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedding.backbone import find_folder, load_backbone, load_vit, save_vit
+from embedding.backbone import find_folder, load_backbone, load_vit, save_vit, weight_files
 from embedding.preprocess import Preprocess, pixel_descriptor
 from embedding.vit import ViT
 from embedding.vit_config import ViTConfig
@@ -285,3 +285,80 @@ assert "transformers" not in sys.modules and "training" not in sys.modules and "
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+class Descriptor(torch.nn.Module):
+    """Averages of the image's channels, by rows of a matrix: a copy detector's form."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = torch.nn.Parameter(torch.arange(15.0).reshape(5, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=(2, 3)) @ self.matrix.T
+
+
+def scripted(path, module=None):
+    torch.jit.script(module or Descriptor()).save(path)
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_torchscript_file(tmp_path):
+    """As the files of SSCD are: vectors out, no folder, no config."""
+    backbone = load_backbone(scripted(tmp_path / "sscd_disc_mixup.torchscript.pt"))
+    images = pictures()
+    preprocess = Preprocess(size=320, keep_aspect=False, crop=None, resample="bilinear")
+    x = np.stack([preprocess(image) for image in images])
+    np.testing.assert_allclose(backbone.embed(images), x.mean((2, 3)) @ np.arange(15.0).reshape(5, 3).T, rtol=1e-4)
+    assert (backbone.width, backbone.identity["name"]) == (5, "sscd_disc_mixup")
+    sha = hashlib.sha256((tmp_path / "sscd_disc_mixup.torchscript.pt").read_bytes()).hexdigest()
+    assert backbone.identity["weights"] == sha
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_another_torchscript_file_comes_with_its_preprocessing(tmp_path):
+    spec = scripted(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"must come with its preprocessing: no preprocessor_config.json"):
+        load_backbone(spec)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(HF_PREPROCESS))
+    assert load_backbone(spec).identity["preprocess"]["crop"] == 32
+    assert [path.name for path in weight_files(spec)] == ["other.pt", "preprocessor_config.json"]
+
+
+class Tokens3(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_what_is_no_descriptor_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must give vectors \(n, width\): got \(1, 3, 102400\)"):
+        load_backbone(scripted(tmp_path / "sscd_tokens.pt", Tokens3()))
+    (tmp_path / "sscd_text.pt").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match=r"sscd_text.pt must be a TorchScript file"):
+        load_backbone(str(tmp_path / "sscd_text.pt"))
+    torch.save({"a": torch.ones(1)}, tmp_path / "sscd_pickle.pt")  # a checkpoint, not a program: never unpickled
+    with pytest.raises(ValueError, match=r"sscd_pickle.pt must be a TorchScript file"):
+        load_backbone(str(tmp_path / "sscd_pickle.pt"))
+    with pytest.raises(ValueError, match="no file"):
+        load_backbone(str(tmp_path / "absent.pt"))
+
+
+def test_clip_gives_its_projected_image_embedding(tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    text = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "vocab_size": 50}  # fmt: skip
+    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(HF_PREPROCESS))
+    backbone = load_backbone(str(tmp_path))
+    images = pictures()
+    with torch.inference_mode():
+        theirs = model.visual_projection(model.vision_model(pixel_values=prepared(images)).pooler_output)
+    np.testing.assert_allclose(backbone.embed(images), theirs.numpy(), atol=1e-6)
+    assert (backbone.width, backbone.identity["name"]) == (24, "clip")
