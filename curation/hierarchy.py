@@ -23,7 +23,7 @@ class ClusterConfig:
     n_resamples: int = 10  # k-means runs of a level after the first
     resample_size: tuple[int, ...] | None = None  # rows kept a cluster, a level; None: half the average cluster; 1: off
     n_iter: int = 50  # Lloyd steps of a run, at most
-    seed: int = 0
+    seed: int = 0  # of first centroids and of what is resampled
 
     def __post_init__(self) -> None:
         if not self.n_clusters or min(self.n_clusters) < 1 or any(a <= b for a, b in pairwise(self.n_clusters)):

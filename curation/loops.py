@@ -194,3 +194,33 @@ def flatten(parent: np.ndarray) -> None:
     """Point every row at its root, in place; one pass is enough because parents come before children."""
     for i in range(len(parent)):
         parent[i] = parent[parent[i]]
+
+
+@compiled
+def take_turns(lists: np.ndarray, starts: np.ndarray, mask: np.ndarray, target: int, owner: np.ndarray) -> None:
+    """Let pools take rows in turns until ``target`` are taken; ``owner[row]``, -1 at first, becomes who took it.
+
+    Pool p wants ``lists[starts[p]:starts[p + 1]]``, in this order. Whoever has the fewest rows takes next, ties to the
+    lower pool; a taken row counts for every pool whose bit is in ``mask[row]``. One look at each entry of the lists
+    and, for each taken row, at each pool.
+    """
+    n_pools = len(starts) - 1
+    cursor = starts[:-1].copy()
+    counts = np.zeros(n_pools, np.int64)
+    n_taken = 0
+    while n_taken < target:
+        turn = -1
+        for p in range(n_pools):
+            if cursor[p] < starts[p + 1] and (turn < 0 or counts[p] < counts[turn]):
+                turn = p
+        if turn < 0:
+            return
+        while cursor[turn] < starts[turn + 1] and owner[lists[cursor[turn]]] >= 0:
+            cursor[turn] += 1
+        if cursor[turn] == starts[turn + 1]:
+            continue
+        row = lists[cursor[turn]]
+        owner[row] = turn
+        n_taken += 1
+        for p in range(n_pools):
+            counts[p] += (mask[row] >> p) & 1

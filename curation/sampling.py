@@ -25,7 +25,7 @@ class SampleConfig:
     target: int  # images in the sample, copies counted
     pick: str = "random"  # or "closest": to the centroid; ties go to the lowest row id
     max_copies: int = 1  # times an image may be repeated to fill the target
-    seed: int = 0
+    seed: int = 0  # of the draw, also of who gets what is left over
 
     def __post_init__(self) -> None:
         for name, least in (("target", 1), ("max_copies", 1), ("seed", 0)):
