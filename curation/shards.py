@@ -2,7 +2,8 @@
 
 A sample is ``<key>.<extension>``, ``<key>.json`` and, with a caption, ``<key>.txt``. The index of shard i,
 ``part-<i>.parquet``, says where each image's bytes are, and how often it is to be seen (``count``); it is written
-after the tar, so an index means a whole tar. Headers have no times or owners: equal input gives equal bytes.
+after the tar, so an index means a whole tar. Shards of a mix have a ``mix.json`` beside them. Headers have no times or
+owners: equal input gives equal bytes.
 """
 
 import hashlib
@@ -36,6 +37,11 @@ INDEX_SCHEMA = pa.schema(
 EXTENSIONS = {"jpeg": "jpg", "tiff": "tif"}  # others are their format's name
 
 
+def index_schema(columns: Sequence[str] = ()) -> pa.Schema:
+    """The columns of an index: the usual ones, then of a mix how often an image is seen in each component, 0: never."""
+    return pa.schema([*INDEX_SCHEMA, *(pa.field(name, pa.int32(), nullable=False) for name in columns)])
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardsConfig:
     """How images are mixed and cut into shards."""
@@ -44,7 +50,7 @@ class ShardsConfig:
 
     shard_rows: int = 1000  # images of a shard at most
     mix_rows: int = 16_000  # images that are shuffled together at least, where the pool has them
-    seed: int = 0
+    seed: int = 0  # of the order
 
     def __post_init__(self) -> None:
         for name in ("shard_rows", "mix_rows"):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from curation.mix import MixSpec
 from curation.store import Location
 from embedding.decode import BadImage, decode_rgb
 from training.augment import AugmentConfig, Crops, crop_rng, multi_crop
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
     locals: np.ndarray
     keys: list[str]  # of the images seen, slot by slot
     bad: list[BadSample]  # replaced, in order of slots
+    components: list[int]  # of the mix, slot by slot; 0 when there is none
 
 
 class WorkerDied(RuntimeError):
@@ -50,7 +52,7 @@ class LoaderPlan:
     """What a worker needs to make any batch; small and picklable."""
 
     shards: Location
-    totals: np.ndarray  # int64 (n_shards,)
+    totals: np.ndarray  # int64 (n_shards,), of a mix (n_shards, n_components)
     batch: int
     seed: int
     n_open: int
@@ -58,6 +60,7 @@ class LoaderPlan:
     global_size: int
     local_size: int
     n_local: int
+    mix: MixSpec | None = None  # how batches are drawn from components, as ``curation.mix.read_mix`` gives
 
 
 class BatchMaker:
@@ -65,7 +68,9 @@ class BatchMaker:
 
     def __init__(self, plan: LoaderPlan) -> None:
         self.plan = plan
-        self.stream = Stream(plan.shards, batch=plan.batch, seed=plan.seed, n_open=plan.n_open, totals=plan.totals)
+        self.stream = Stream(
+            plan.shards, batch=plan.batch, seed=plan.seed, n_open=plan.n_open, totals=plan.totals, mix=plan.mix
+        )
 
     def __call__(self, step: int) -> Batch:
         """Read, decode and crop the samples of one step."""
@@ -76,18 +81,18 @@ class BatchMaker:
             image, key = self._decoded(sample, data, bad)
             crops.append(self._crops(image, sample))
             keys.append(key)
-        return Batch(
-            step, np.stack([c.globals for c in crops], axis=1), np.stack([c.locals for c in crops], axis=1), keys, bad
-        )
+        global_crops = np.stack([c.globals for c in crops], axis=1)
+        local_crops = np.stack([c.locals for c in crops], axis=1)
+        return Batch(step, global_crops, local_crops, keys, bad, [sample.component for sample in samples])
 
     def _decoded(self, sample: Sample, data: bytes, bad: list[BadSample]) -> tuple[np.ndarray, str]:
-        """The image of a sample; when it does not decode, of the next sample of the stream that does."""
+        """The image of a sample; when it does not decode, of the next one of its component that does."""
         for _ in range(_MAX_REPLACED):
             image = decode_rgb(data)
             if not isinstance(image, BadImage):
                 return image, sample.key
             bad.append(BadSample(sample.key, image.reason))
-            sample = self.stream.sample(sample.number + 1)
+            sample = self.stream.after(sample)
             (data,) = read_images(self.plan.shards, [sample])
         raise ValueError(
             f"one of {_MAX_REPLACED} samples in a row must decode: got none, last {bad[-1]}, in {self.plan.shards}"
@@ -103,7 +108,7 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """The batches of steps start..stop - 1 in order, the same bytes for any ``n_workers`` (0: made here, when asked).
 
-    A sample that does not decode is listed in ``bad`` and replaced: its slot shows the next sample of the stream that
+    A sample that does not decode is listed in ``bad`` and replaced: its slot shows the next one of its component that
     does, cropped by the generator of the slot. Memory: prefetch * n_workers + 1 batches. Raises WorkerDied when a
     worker is killed, ValueError when 256 samples in a row do not decode. Closing the iterator ends the workers; they
     also end by themselves when this process is killed.

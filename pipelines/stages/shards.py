@@ -9,18 +9,22 @@ import numpy as np
 import pyarrow as pa
 
 from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, read_table, write_table
+from curation.copies import apply_changes, change_dtype, counted_keys, merge_copies, record_dtype
 from curation.execute import Executor
-from curation.selection import read_selection
+from curation.mix import MIX_FILE, MixSpec, component_facts, read_columns, read_mix, write_mix
+from curation.pool import KEYS_PER_PARTITION, key_partition, source_of_part
+from curation.selection import selected_rows
 from curation.shards import (
-    INDEX_SCHEMA,
     ShardsConfig,
     TarWriter,
+    index_schema,
     mixed_order,
     plan_groups,
     shard_bounds,
     write_sample,
 )
-from curation.sources import read_checked, source_root
+from curation.shuffle import read_shuffle, write_shuffle
+from curation.sources import read_checked
 from curation.store import Location
 from pipelines.errors import UserError
 from pipelines.stage import SELECTIONS, Inputs, Output, Stage, whole_files
@@ -36,12 +40,18 @@ class Group(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where a task finds the images."""
+    """Where a task finds the images, and what it is to leave out."""
 
     pool: Artifact
     selection: Artifact | None
-    root: Location  # of the original files
-    image_column: str
+    spec: MixSpec | None  # of a selection that is a mix
+    copies: Location | None  # of a union: the shuffled keys of its selected rows, and what becomes of those with copies
+    n_partitions: int  # of these
+
+    @property
+    def n_counts(self) -> int:
+        """How many counts a row has: how often it is seen, and of a mix how often in each component."""
+        return 1 + (len(self.spec.components) if self.spec else 0)
 
 
 def shard_name(index: int) -> str:
@@ -50,28 +60,93 @@ def shard_name(index: int) -> str:
 
 
 def run(config: ShardsConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
-    """Write ``shard-*.tar`` and their index ``part-*.parquet``."""
+    """Write ``shard-*.tar`` and their index ``part-*.parquet``, of a mix also its ``mix.json``."""
     pool: Artifact = inputs["pool"]
     selection: Artifact | None = inputs.get("selection")
     if selection is None:
         n_selected = [part.rows for part in pool.parts]
     else:
         n_selected = [part.counts["kept"] for part in selection.parts]
-    groups = number_groups(plan_groups(n_selected, config.mix_rows, config.seed), n_selected, config.shard_rows)
-    if not groups:
+    if not sum(n_selected):
         raise UserError("shards needs at least one selected image: got none", "loosen the selection above it")
-    source = Source(pool, selection, source_root(pool.outside("source")), image_column(pool))
+    spec = None if selection is None else read_mix(selection.location)
+    n_partitions = -(-sum(n_selected) // KEYS_PER_PARTITION)
+    source = Source(pool, selection, spec, out.scratch("copies") if pool.members else None, n_partitions)
+    n_kept = without_copies(source, n_selected, executor) if pool.members else n_selected
+    groups = number_groups(plan_groups(n_kept, config.mix_rows, config.seed), n_kept, config.shard_rows)
     shards = [range(g.first_shard, g.first_shard + len(shard_bounds(g.n_rows, config.shard_rows)) - 1) for g in groups]
     names = [[name for i in ids for name in (shard_name(i), part_name(i))] for ids in shards]
     out.make(partial(write_group, config=config, source=source, out=out.location), groups, names)
+    if spec is not None:
+        out.make(partial(write_mix, spec=spec, out=out.location), [MIX_FILE], [[MIX_FILE]])
+    return count_rows(n_selected, n_kept, source, out)
+
+
+def count_rows(n_selected: list[int], n_kept: list[int], source: Source, out: Output) -> Counts:
+    """The counts of the step; what each component of a mix has goes into the facts."""
     indexes = [file for file in out.files if file.name.startswith("part-")]
-    counts = {"rows": sum(n_selected), **add_counts(file.counts for file in indexes)}
-    return {**counts, "dropped": 0, "bad": 0, "shards": len(indexes)}
+    counts = add_counts(file.counts for file in indexes)
+    if source.spec is not None:
+        out.facts["components"], counts = component_facts(source.spec.components, counts)
+    dropped = sum(n_selected) - sum(n_kept)
+    counts = {"rows": sum(n_selected), **counts, "dropped": dropped, "bad": 0, "shards": len(indexes)}
+    return counts if source.copies is None else {**counts, "duplicates": dropped}
 
 
-def image_column(pool: Artifact) -> str:
-    """The column of image bytes, if the pool was made from Parquet."""
-    return str(pool.manifest["config"]["image_column"])
+def without_copies(source: Source, n_selected: list[int], executor: Executor) -> list[int]:
+    """Find the selected rows whose bytes an earlier one has. Returns how many rows of each part stay."""
+    n_parts = len(n_selected)
+    for _ in executor.map(partial(spread_keys, source=source), range(n_parts)):
+        pass
+    find = partial(copies_of_partition, source=source, n_parts=n_parts)
+    n_dropped = executor.reduce(find, range(source.n_partitions), np.add).get()
+    left: list[int] = (np.array(n_selected, np.int64) - n_dropped).tolist()
+    return left
+
+
+def spread_keys(part: int, source: Source) -> None:
+    """Send the keys of a part's selected rows, with their counts, to their hash partitions."""
+    rows, counts = counted_rows(source, part)
+    keys = read_table(source.pool.part(part), ["key"])["key"].combine_chunks().take(pa.array(rows))
+    records = counted_keys(keys, part, rows, counts)
+    to = key_partition(records, source.n_partitions)
+    write_shuffle(copies_at(source, "keys", part), records, to, source.n_partitions)
+
+
+def copies_of_partition(partition: int, source: Source, n_parts: int) -> np.ndarray:
+    """Send what becomes of the copies of a hash partition back to their parts. Returns how many each part drops."""
+    dtype = record_dtype(source.n_counts)
+    records = np.concatenate([read_shuffle(copies_at(source, "keys", p), dtype, partition) for p in range(n_parts)])
+    changes, part = merge_copies(records)
+    write_shuffle(copies_at(source, "changes", partition), changes, part, n_parts)
+    n_dropped: np.ndarray = np.bincount(part[changes["counts"][:, 0] == 0], minlength=n_parts)
+    return n_dropped
+
+
+def copies_at(source: Source, kind: str, index: int) -> Location:
+    """The shuffle file of a part (``keys``) or of a hash partition (``changes``)."""
+    if source.copies is None:
+        raise ValueError("copies are looked for in a union of pools only")
+    return source.copies / kind / str(index)
+
+
+def counted_rows(source: Source, part: int) -> tuple[np.ndarray, np.ndarray]:
+    """The selected rows of a part, int32 (n,), and their counts, int32 (n, n_counts)."""
+    chosen = selected_rows(source.pool, source.selection, part)
+    counts = chosen.counts.reshape(-1, 1)
+    if source.spec is not None and source.selection is not None:
+        counts = np.concatenate([counts, read_columns(source.selection.part(part), source.spec.columns)], axis=1)
+    return chosen.rows, counts
+
+
+def rows_of_part(source: Source, part: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a part that go into shards: as ``counted_rows``, without the copies of earlier rows."""
+    rows, counts = counted_rows(source, part)
+    if source.copies is None:
+        return rows, counts
+    files = [copies_at(source, "changes", partition) for partition in range(source.n_partitions)]
+    changes = [read_shuffle(file, change_dtype(source.n_counts), part) for file in files]
+    return apply_changes(rows, counts, np.concatenate(changes))
 
 
 def number_groups(groups: list[list[int]], n_selected: list[int], shard_rows: int) -> list[Group]:
@@ -97,7 +172,7 @@ def write_group(group: Group, config: ShardsConfig, source: Source, out: Locatio
         files: list[FileInfo] = []
         for k in range(len(bounds) - 1):
             mine = order[bounds[k] : bounds[k + 1]]
-            files += write_shard(group.first_shard + k, mine, rows, places, scratch, out)
+            files += write_shard(group.first_shard + k, mine, rows, places, scratch, out, source.spec)
     return files
 
 
@@ -118,17 +193,24 @@ def gather(group: Group, source: Source, scratch: BinaryIO) -> tuple[list[dict[s
 def images_of(group: Group, source: Source) -> Iterator[tuple[dict[str, Any], bytes]]:
     """The selected rows of a group, with how often they are seen, and their bytes."""
     for part in group.parts:
-        table = read_table(source.pool.part(part))
-        if source.selection is not None:
-            chosen = read_selection(source.selection.part(part))
-            table = table.take(pa.array(chosen.rows)).append_column("count", pa.array(chosen.counts, pa.int32()))
-        else:
-            table = table.append_column("count", pa.array(np.ones(table.num_rows, np.int32)))
-        yield from zip(table.to_pylist(), read_checked(source.root, table, source.image_column), strict=True)
+        rows, counts = rows_of_part(source, part)
+        table = read_table(source.pool.part(part)).take(pa.array(rows))
+        row_id = pa.array(rows + source.pool.starts[part])  # in a union another than in the member
+        table = table.set_column(table.schema.get_field_index("row_id"), "row_id", row_id)
+        for name, column in zip(["count", *(source.spec.columns if source.spec else ())], counts.T, strict=True):
+            table = table.append_column(name, pa.array(column, pa.int32()))
+        root, image_column = source_of_part(source.pool, part)
+        yield from zip(table.to_pylist(), read_checked(root, table, image_column), strict=True)
 
 
 def write_shard(
-    index: int, mine: np.ndarray, rows: list[dict[str, Any]], places: np.ndarray, scratch: BinaryIO, out: Location
+    index: int,
+    mine: np.ndarray,
+    rows: list[dict[str, Any]],
+    places: np.ndarray,
+    scratch: BinaryIO,
+    out: Location,
+    spec: MixSpec | None,
 ) -> list[FileInfo]:
     """One tar and, once that is whole, its index."""
     if whole := whole_files(out, [shard_name(index), part_name(index)]):
@@ -142,8 +224,11 @@ def write_shard(
             at = write_sample(tar, rows[i], scratch.read(length))
             entries.append({**rows[i], "offset": at, "length": length})
     info = FileInfo(location.name, 0, tar.size, tar.sha256(), {})
-    table = pa.Table.from_pylist(entries, INDEX_SCHEMA)
+    table = pa.Table.from_pylist(entries, index_schema(spec.columns if spec else ()))
     counts = {"kept": len(entries), "seen_per_epoch": sum(entry["count"] for entry in entries)}
+    for name, column in zip(spec.components, spec.columns, strict=True) if spec else ():
+        counts[f"rows:{name}"] = sum(entry[column] > 0 for entry in entries)
+        counts[f"samples:{name}"] = sum(entry[column] for entry in entries)
     return [info, write_table(out / part_name(index), table, counts)]
 
 

@@ -9,6 +9,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
+from curation.mix import read_mix
 from curation.store import Location, client
 from embedding.decode import decode_rgb
 from training.augment import AugmentConfig, crop_rng, multi_crop
@@ -23,10 +24,11 @@ def png(seed):
 
 
 def plan_of(shards, **fields):
-    totals = shard_totals(shards, list_shards(shards))
+    mix = read_mix(shards)
+    totals = shard_totals(shards, list_shards(shards), mix)
     values = {"batch": 5, "seed": 2, "n_open": 2, "augment": AugmentConfig(), "global_size": 16, "local_size": 8,
               "n_local": 3} | fields  # fmt: skip
-    return LoaderPlan(shards=shards, totals=totals, **values)
+    return LoaderPlan(shards=shards, totals=totals, mix=mix, **values)
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def shards(make_shards, tmp_path):
 def assert_same(a, b):
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
-        assert (x.step, x.keys, x.bad) == (y.step, y.keys, y.bad)
+        assert (x.step, x.keys, x.bad, x.components) == (y.step, y.keys, y.bad, y.components)
         np.testing.assert_array_equal(x.globals, y.globals)
         np.testing.assert_array_equal(x.locals, y.locals)
 
@@ -47,6 +49,7 @@ def test_a_batch_is_the_crops_of_its_samples(shards):
     (batch,) = batches(plan, 4, 5)
     samples = Stream(shards, batch=5, seed=2, n_open=2).batch(4)
     assert (batch.step, batch.keys, batch.bad) == (4, [s.key for s in samples], [])
+    assert batch.components == [0] * 5
     assert batch.globals.shape == (2, 5, 16, 16, 3)
     assert batch.locals.shape == (3, 5, 8, 8, 3)
     for slot, s in enumerate(samples):
@@ -85,6 +88,39 @@ def test_a_bad_sample_is_counted_and_replaced_by_the_next_of_the_stream(make_sha
             np.testing.assert_array_equal(batch.globals[:, slot], expected.globals)
         assert [b.key for b in batch.bad] == bad
         assert {b.reason for b in batch.bad} == {"undecodable"}
+
+
+@pytest.fixture
+def mixed(make_shards, add_mix, tmp_path):
+    """One component with even, one with odd names; the broken image is odd."""
+    samples = [[(f"{i}-{j}", png(10 * i + j)) for j in range(6)] for i in range(3)]
+    samples[1][3] = ("1-3", b"no image")
+    keys = [key for shard in samples for key, _ in shard]
+    counts = {name: {key: 1 for key in keys if int(key[-1]) % 2 == odd} for odd, name in enumerate(("even", "odd"))}
+    return add_mix(make_shards(tmp_path / "mixed", samples), counts, {"odd": 0.25}, {"even": 0.75, "odd": 0.25})
+
+
+def test_batches_of_a_mix_are_the_same_from_any_worker(mixed):
+    plan = plan_of(mixed, batch=8)
+    here = list(batches(plan, 0, 12))
+    for batch in here:
+        assert [int(key[-1]) % 2 for key in batch.keys] == batch.components  # the replaced one too
+        assert sum(batch.components) in (2, 8)
+    assert {b.key for batch in here for b in batch.bad} == {"1-3"}
+    assert_same(list(batches(plan, 0, 12, n_workers=1, prefetch=2)), here)
+    assert_same(list(batches(plan, 7, 12, n_workers=2, prefetch=1)), here[7:])
+
+
+def test_crops_of_a_mix_are_keyed_by_component_and_draw(mixed):
+    plan = plan_of(mixed, batch=8)
+    samples = Stream(mixed, batch=8, seed=2, n_open=2).batch(3)
+    (batch,) = batches(plan, 3, 4)
+    for slot, (s, key) in enumerate(zip(samples, batch.keys, strict=True)):
+        shard, row = map(int, key.split("-"))
+        crops = multi_crop(
+            decode_rgb(png(10 * shard + row)), AugmentConfig(), (16, 8), 3, crop_rng(2, s.epoch, s.number)
+        )
+        np.testing.assert_array_equal(batch.globals[:, slot], crops.globals)
 
 
 def test_shards_on_s3_give_the_same_bytes(shards, tmp_path, monkeypatch):

@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from curation.mix import MIX_FILE, read_mix, spec_of, write_mix
 from curation.store import Location
+from training.mixing import Mixing
 from training.stream import INDEX_SCHEMA, Stream, build_index, list_shards, read_images, shard_totals
 
 
@@ -133,3 +135,92 @@ def test_build_index_agrees_with_the_writer(make_shards, tmp_path):
     ours = build_index(made / "shard-0000000.tar").select(["key", "offset", "length", "count"])
     theirs = pq.read_table(tmp_path / "part-0000000.parquet", columns=["key", "offset", "length", "count"])
     assert ours.to_pylist() == theirs.to_pylist()
+
+
+SIZES = (7, 3, 0, 5, 4)
+NAMES = [f"s{i}n{j}" for i, n in enumerate(SIZES) for j in range(n)]
+COUNTS = {
+    "few": {"s3n0": 1, "s3n4": 2, "s4n1": 1},  # in two of the shards
+    "odd": {name: 1 for name in NAMES if name[-1] in "135"},
+    "all": {name: 1 + (name == "s0n0") for name in NAMES},
+}
+
+
+@pytest.fixture
+def mixed(shards, add_mix):
+    return add_mix(shards, COUNTS, {"few": 0.2}, {"odd": 0.3, "all": 0.7})
+
+
+def test_a_mix_by_brute_force(mixed):
+    """Every draw of every component is the formula's, from its own shards, counts and epochs."""
+    seed, n_open = 3, 2
+    stream = Stream(mixed, batch=6, seed=seed, n_open=n_open)
+    drawn = {name: [] for name in COUNTS}
+    for step in range(40):
+        samples, (component, draw) = stream.batch(step), Mixing(stream.mix, 6, seed).step(step)
+        assert [s.component for s in samples] == component.tolist()
+        assert [s.number for s in samples] == (draw * 3 + component).tolist()
+        for s in samples:
+            drawn[list(COUNTS)[s.component]].append((s.number // 3, s.key, s.epoch))
+    for c, (name, counts) in enumerate(COUNTS.items()):
+        expected, epoch = [], 0
+        own = [i for i in range(5) if any(f"s{i}n{j}" in counts for j in range(SIZES[i]))]
+        while len(expected) < len(drawn[name]):
+            order = np.random.default_rng([seed, epoch, c, 0, 3]).permutation(len(own))
+            for group, start in enumerate(range(0, len(own), n_open)):
+                ids = [own[i] for i in order[start : start + n_open]]
+                pool = [k for i in ids for j in range(SIZES[i]) for k in [f"s{i}n{j}"] * counts.get(f"s{i}n{j}", 0)]
+                permutation = np.random.default_rng([seed, epoch, c, group, 4]).permutation(len(pool))
+                expected += [(pool[p], epoch) for p in permutation]
+            epoch += 1
+        assert [rest for _, *rest in sorted(drawn[name])] == [list(pair) for pair in expected[: len(drawn[name])]]
+        assert [number for number, *_ in sorted(drawn[name])] == list(range(len(drawn[name])))
+        assert epoch > 1 or name == "odd"
+
+
+def test_every_component_is_seen_evenly(mixed):
+    stream = Stream(mixed, batch=5, n_open=2)
+    seen = {}
+    for sample in (s for step in range(300) for s in stream.batch(step)):
+        seen.setdefault((sample.component, sample.epoch), []).append(sample.key)
+    last = {c: max(epoch for component, epoch in seen if component == c) for c in range(3)}
+    assert min(last.values()) > 10
+    for (c, epoch), keys in seen.items():
+        counts = Counter(list(COUNTS.values())[c])
+        assert Counter(keys) == counts if epoch < last[c] else Counter(keys) <= counts
+
+
+def test_a_mix_starts_anywhere_and_numbers_are_its_own(mixed):
+    stream = Stream(mixed, batch=5, seed=1, n_open=2)
+    batches = [stream.batch(step) for step in range(30)]
+    assert [Stream(mixed, batch=5, seed=1, n_open=2).batch(step) for step in (29, 4)] == [batches[29], batches[4]]
+    flat = [s for batch in batches for s in batch]
+    assert len({s.number for s in flat}) == len(flat)
+    assert [stream.sample(s.number) for s in flat] == flat
+    for a, b in zip(flat[:40], map(stream.after, flat[:40]), strict=True):
+        assert (b.component, b.number // 3) == (a.component, a.number // 3 + 1)
+    alone = [batch for batch in batches if batch[0].component == 0]
+    assert alone and all({s.component for s in batch} == {0} for batch in alone)
+
+
+def test_totals_of_a_mix_travel(mixed, monkeypatch):
+    spec, ids = read_mix(mixed), list_shards(mixed)
+    totals = shard_totals(mixed, ids, spec)
+    assert totals.T.tolist() == [[0, 0, 0, 3, 1], [3, 1, 0, 2, 2], [8, 3, 0, 5, 4]]
+    whole = Stream(mixed, batch=2)
+    monkeypatch.setattr("training.stream.shard_totals", None)
+    monkeypatch.setattr("training.stream.read_mix", None)
+    assert Stream(mixed, batch=2, totals=totals, mix=spec).batch(7) == whole.batch(7)
+    with pytest.raises(ValueError, match=r"totals must have the shape \(5, 3\): got \(5,\)"):
+        Stream(mixed, batch=2, totals=totals[:, 0], mix=spec)
+
+
+def test_shards_that_are_not_of_their_mix_are_refused(mixed, make_shards, add_mix, tmp_path):
+    write_mix(MIX_FILE, spec_of(["few", "gone"], {}, {"few": 0.5, "gone": 0.5}), mixed)
+    with pytest.raises(ValueError, match="an index must have the column count:gone: got none in part-0000000"):
+        Stream(mixed, batch=2)
+    for name, count, words in (("none", 0, "sample of b: got none"), ("less", -1, "counts must be at least 0: got -1")):
+        shards = make_shards(tmp_path / name, [[("k", b"x")]])
+        add_mix(shards, {"a": {"k": 1}, "b": {"k": count}}, {}, {"a": 0.5, "b": 0.5})
+        with pytest.raises(ValueError, match=words):
+            Stream(shards, batch=2)
