@@ -3,7 +3,16 @@ from functools import reduce
 import numpy as np
 import pytest
 
-from curation.dedup import DedupConfig, best_rows, histogram_text, merge_best, strongest_edge
+from curation.dedup import (
+    DedupConfig,
+    best_rows,
+    distance_scores,
+    histogram_text,
+    merge_best,
+    merge_dropped,
+    near_earlier,
+    strongest_edge,
+)
 
 
 def best_by_dict(component, score, row_id):
@@ -62,7 +71,7 @@ def test_a_histogram_has_ten_bins_and_leaves_empty_ones_out():
 @pytest.mark.parametrize(
     "setting, words",
     [
-        ({"keep": "last"}, "dedup.keep must be 'most_pixels' or 'first': got 'last'"),
+        ({"keep": "last"}, "dedup.keep must be one of most_pixels, first, farthest, closest: got 'last'"),
         ({"max_drop_fraction": 0}, r"dedup.max_drop_fraction must be in \(0, 1\]: got 0"),
         ({"max_drop_fraction": 1.1}, r"in \(0, 1\]: got 1.1"),
         ({"max_drop_fraction": float("nan")}, r"in \(0, 1\]: got nan"),
@@ -71,3 +80,57 @@ def test_a_histogram_has_ten_bins_and_leaves_empty_ones_out():
 def test_settings_out_of_range_are_named(setting, words):
     with pytest.raises(ValueError, match=words):
         DedupConfig(**setting)
+
+
+def semdedup_by_definition(x, distance, threshold):
+    """Algorithm 1 of the paper: order by falling distance; j goes when its largest cosine to an earlier i is enough."""
+    order = sorted(range(len(x)), key=lambda i: (-distance[i], i))
+    similarity = x @ x.T
+    gone = {}
+    for place, j in enumerate(order):
+        earlier = order[:place]
+        near = [i for i in earlier if similarity[i, j] >= threshold]
+        if near:
+            gone[j] = max(near, key=lambda i: (similarity[i, j], -i))
+    return gone
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_semdedup_is_its_definition_however_the_edges_are_cut(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(2, 40))
+    x = rng.normal(size=(n, 3))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    distance = rng.choice([0.0, 0.5, 1.5, 2.0], n).astype("f4")  # with ties
+    oracle = semdedup_by_definition(x, distance, 0.8)
+    i, j = np.nonzero(np.triu(x @ x.T >= 0.8, 1))
+    turned = rng.random(len(i)) < 0.5  # an edge may be known from one side alone
+    edges = np.stack([np.where(turned, i, j), np.where(turned, j, i)], axis=1)
+    similarity = (x @ x.T)[i, j].astype("f4")
+    touched = np.unique(edges)
+    score = distance_scores(distance, farthest=True)[touched]
+    pieces = np.array_split(rng.permutation(len(edges)), 3)
+    some = [near_earlier(edges[at], similarity[at], touched, score) for at in pieces]
+    for order in (some, some[::-1]):
+        dropped = reduce(merge_dropped, order)
+        assert dict(zip(dropped.row_id.tolist(), dropped.near_row.tolist(), strict=True)) == oracle
+
+
+def test_the_rules_differ_on_a_chain():
+    """a - b - c, a and c not near: one component keeps one row, semdedup what nothing before it is near to."""
+    edges, similarity, rows = np.array([[0, 1], [1, 2]]), np.array([0.9, 0.9], "f4"), np.arange(3)
+    assert near_earlier(edges, similarity, rows, np.array([3, 2, 1])).row_id.tolist() == [1, 2]  # b goes, and c for b
+    assert near_earlier(edges, similarity, rows, np.array([1, 3, 2])).row_id.tolist() == [0, 2]
+    assert near_earlier(edges, similarity, rows, np.array([3, 1, 2])).row_id.tolist() == [1]
+
+
+def test_distances_keep_their_order_as_scores():
+    distance = np.array([0.0, 1e-30, 0.5, 0.5, 1.0, 1e30], "f4")
+    assert (np.diff(distance_scores(distance, farthest=True)) >= 0).all()
+    assert (distance_scores(distance, farthest=False) == -distance_scores(distance, farthest=True)).all()
+
+
+@pytest.mark.parametrize(("field", "value"), [("rule", "both"), ("keep", "any")])
+def test_rules_and_orders_are_known_words(field, value):
+    with pytest.raises(ValueError, match=rf"dedup.{field} must be .*: got '{value}'"):
+        DedupConfig(**{field: value})
