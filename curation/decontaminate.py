@@ -1,10 +1,24 @@
-"""The config of ``decontaminate``: DINOv2's relative deduplication, by direct neighbours.
+"""DINOv2's relative deduplication (appendix A.3 of arXiv 2304.07193): the config of ``decontaminate``, its kernels.
 
-An image is dropped when it is itself near an image to stay away from (``direct``), not when it is near one that is.
+In mode ``direct`` an image is dropped when it is itself near an image to stay away from, in mode ``component`` (the
+paper's) also when a chain of near images leads from it to such a one. Hop 1 are the rows near a reference image, hop
+h + 1 those with an edge to a row of hop h that no earlier hop has.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
+
+import numpy as np
+
+from curation.components import spanning_forest
+from curation.neighbors import UNIT_ROUNDOFF, Neighbors, best_pairs, merge_candidates, recheck_pairs
+
+MODES = ("direct", "component")
+FOLD_PAIRS = 1 << 18  # pairs held before they are folded into a forest
+
+# An edge as the part of its row sees it: row within the part, position of the other row in the pool.
+EDGE = np.dtype([("row", "<i4"), ("near_row", "<i8"), ("similarity", "<f4")])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +28,88 @@ class DecontaminateConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     min_similarity: float  # cosine; belongs to the descriptor, so it has no default
+    mode: str = "direct"  # drop what is near a reference; "component": also what chains of such pairs lead to
     max_drop_fraction: float = 0.5  # share of rows; more means the threshold does not fit the descriptor
 
     def __post_init__(self) -> None:
         if not 0 < self.min_similarity <= 1:
             raise ValueError(f"decontaminate.min_similarity must be in (0, 1]: got {self.min_similarity}")
+        if self.mode not in MODES:
+            raise ValueError(f"decontaminate.mode must be 'direct' or 'component': got {self.mode!r}")
         if not 0 < self.max_drop_fraction <= 1:
             raise ValueError(f"decontaminate.max_drop_fraction must be in (0, 1]: got {self.max_drop_fraction}")
+
+
+def edge_records(row: np.ndarray, near_row: np.ndarray, similarity: np.ndarray) -> np.ndarray:
+    """EDGE (n,) of three columns (n,)."""
+    edges = np.empty(len(row), EDGE)
+    edges["row"], edges["near_row"], edges["similarity"] = row, near_row, similarity
+    return edges
+
+
+def is_among(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    """bool (n,): which of ``values`` int (n,) are in ``ascending`` int (m,). 9 bytes a value."""
+    if not len(ascending):
+        return np.zeros(len(values), bool)
+    at = np.searchsorted(ascending, values)
+    np.minimum(at, len(ascending) - 1, out=at)
+    found: np.ndarray = ascending[at] == values
+    return found
+
+
+def strongest_from(best: Neighbors, rows: np.ndarray, edges: np.ndarray, frontier: np.ndarray) -> Neighbors:
+    """``best`` with more edges: of each row the strongest edge to a row of the frontier, ties to the lowest row id.
+
+    best: Neighbors (n, 1) of ``rows`` int32 (n,), ascending within their part. edges: EDGE (m,) of this part, in any
+    order and more than once; those of other rows and to other rows than the frontier's do not count. frontier: int64,
+    ascending, positions in the pool. Returns new Neighbors (n, 1), float32 similarity. Holds about 60 bytes an edge.
+    """
+    edges = edges[is_among(edges["row"], rows)]
+    edges = edges[is_among(edges["near_row"], frontier)]
+    at = np.searchsorted(rows, edges["row"])
+    found = best_pairs(at, edges["near_row"], edges["similarity"], len(rows), 1)
+    return merge_candidates(best, found.row_ids, found.similarity, np.full(len(rows), -1, np.int64))
+
+
+def near_pairs(x: np.ndarray, base: np.ndarray, min_similarity: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every pair of rows at or above a similarity, exactly: (row of x, row of base), int64, some pairs at a time.
+
+    x (n, d) and base (m, d): float32, contiguous, unit rows; equal rows of x and base pair up too. The similarity is
+    that of ``curation.neighbors``. Holds 8 MiB of scores, and 60 bytes for each of them that is near: at most 130 MB.
+    """
+    from curation import loops
+
+    if not len(x) or not len(base):
+        return
+    lowest = np.float32(min_similarity)
+    error = np.float32((x.shape[1] + 2) * UNIT_ROUNDOFF * 1.01)  # bound of one product of unit rows in float32
+    floor = np.full(len(x), lowest - 2 * error, np.float32)
+    for at, (position, column) in recheck_pairs(x, base, np.arange(len(x)), floor):
+        rows = at[position]
+        near = loops.pair_dots(x, base, rows, column) >= lowest
+        yield rows[near], column[near]
+
+
+def forest_of_pairs(pairs: Iterable[np.ndarray]) -> np.ndarray:
+    """Spanning forest int64 (f, 2) of pairs int64 (m, 2) that come a few at a time: see ``part_forest``.
+
+    Holds the forest and at most FOLD_PAIRS pairs more than come at a time, in the workspace of ``part_forest``.
+    """
+    forest, waiting, n_waiting = np.empty((0, 2), np.int64), list[np.ndarray](), 0
+    for some in pairs:
+        waiting.append(some)
+        n_waiting += len(some)
+        if n_waiting >= FOLD_PAIRS:
+            forest, waiting, n_waiting = spanning_forest([forest, *waiting]), [], 0
+    return spanning_forest([forest, *waiting])
+
+
+def component_sizes(forest: np.ndarray, n_rows: int) -> tuple[int, int]:
+    """(components, rows of the largest) of a forest over rows [0, n_rows) and reference images from n_rows on.
+
+    forest: int64 (f, 2) as ``merge_forests`` gives it; every component has a row, so its root is one. Reference
+    images are not counted among the rows. (0, 0) without edges. Holds 24 bytes an edge.
+    """
+    n_components = len(np.unique(forest[:, 1]))
+    members = np.unique(forest[forest[:, 0] < n_rows, 1], return_counts=True)[1]
+    return n_components, int(members.max(initial=0)) + min(n_components, 1)

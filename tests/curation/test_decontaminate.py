@@ -1,6 +1,20 @@
+import numpy as np
 import pytest
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components as scipy_components
 
-from curation.decontaminate import DecontaminateConfig
+from curation import decontaminate, neighbors
+from curation.components import merge_forests
+from curation.decontaminate import (
+    DecontaminateConfig,
+    component_sizes,
+    edge_records,
+    forest_of_pairs,
+    is_among,
+    near_pairs,
+    strongest_from,
+)
+from curation.neighbors import Neighbors
 
 
 @pytest.mark.parametrize("value", [0, -0.5, 1.01, float("nan")])
@@ -14,3 +28,71 @@ def test_a_threshold_has_no_default():
     with pytest.raises(TypeError, match="min_similarity"):
         DecontaminateConfig()
     assert DecontaminateConfig(min_similarity=1).max_drop_fraction == 0.5
+
+
+def test_an_unknown_mode_is_named():
+    with pytest.raises(ValueError, match=r"decontaminate.mode must be 'direct' or 'component': got 'all'"):
+        DecontaminateConfig(min_similarity=0.5, mode="all")
+    assert DecontaminateConfig(min_similarity=0.5).mode == "direct"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_membership_is_that_of_a_set(seed):
+    rng = np.random.default_rng(seed)
+    ascending = np.unique(rng.integers(0, 30, int(rng.integers(0, 20))))
+    values = rng.integers(-3, 35, 50)
+    assert is_among(values, ascending).tolist() == [value in set(ascending.tolist()) for value in values.tolist()]
+
+
+def unit_rows(rng, n, width=6):
+    """Unit rows of which some are equal and some are opposite."""
+    x = rng.normal(size=(n, width))
+    for i in range(1, n, 4):
+        x[i] = x[int(rng.integers(0, i))] * rng.choice([1, 1, -1])
+    return np.ascontiguousarray(x / np.linalg.norm(x, axis=1, keepdims=True), np.float32)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("min_similarity", [1e-6, 0.5, 0.9, 1.0])
+def test_near_pairs_are_all_that_reach_the_threshold(seed, min_similarity, monkeypatch):
+    """Also where few scores are held at once. The oracle takes the sums apart from a matrix product."""
+    monkeypatch.setattr(neighbors, "RECHECK_SCORES", 50 + 1000 * (seed % 2))
+    rng = np.random.default_rng(seed)
+    x = unit_rows(rng, int(rng.integers(0, 40)))
+    y = np.concatenate([unit_rows(rng, int(rng.integers(0, 40))), x[::3]])
+    exact = (x[:, None].astype("f8") * y[None].astype("f8")).sum(2).astype("f4")
+    found = [pair for i, j in near_pairs(x, y, min_similarity) for pair in zip(i.tolist(), j.tolist(), strict=True)]
+    assert sorted(found) == [tuple(pair) for pair in np.argwhere(exact >= np.float32(min_similarity)).tolist()]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_strongest_edge_to_the_frontier_is_kept_however_edges_come(seed):
+    rng = np.random.default_rng(seed)
+    rows = np.unique(rng.integers(0, 40, int(rng.integers(0, 25)))).astype("i4")
+    frontier = np.unique(rng.integers(0, 60, int(rng.integers(0, 25))))
+    n = int(rng.integers(0, 150))
+    edges = edge_records(rng.integers(0, 40, n), rng.integers(0, 60, n), rng.choice([0.5, 0.75, 1], n))
+    best = Neighbors.none_yet(len(rows), 1)
+    for some in np.array_split(edges, int(rng.integers(1, 5))):
+        best = strongest_from(best, rows, some, frontier)
+    for at, row in enumerate(rows.tolist()):
+        mine = edges[(edges["row"] == row) & np.isin(edges["near_row"], frontier)]
+        expected = min(((-e["similarity"], e["near_row"]) for e in mine), default=(np.inf, -1))
+        assert (-best.similarity[at, 0], best.row_ids[at, 0]) == expected
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_components_are_those_of_scipy(seed, monkeypatch):
+    """Rows and, behind them, reference images; images alone have no component."""
+    monkeypatch.setattr(decontaminate, "FOLD_PAIRS", 7)
+    rng = np.random.default_rng(seed)
+    n_rows, n_images = int(rng.integers(1, 40)), int(rng.integers(1, 9))
+    n_pairs = int(rng.integers(0, 40))
+    pairs = np.stack([rng.integers(0, n_rows, n_pairs), rng.integers(0, n_rows + n_images, n_pairs)], axis=1)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    graph = coo_matrix((np.ones(len(pairs)), pairs.T), [n_rows + n_images] * 2)
+    labels = scipy_components(graph, directed=False)[1]
+    touched = np.unique(pairs[pairs < n_rows])
+    sizes = np.unique(labels[touched], return_counts=True)[1]
+    a, b = (forest_of_pairs(np.array_split(some, 5)) for some in np.array_split(pairs, 2))
+    assert component_sizes(merge_forests(a, b), n_rows) == (len(sizes), sizes.max(initial=0))

@@ -1,0 +1,366 @@
+"""Mode ``component`` of ``decontaminate``: outward from the rows near a reference image, hop by hop.
+
+With the input ``neighbors`` the hops go along its edges, in both directions. Without it each hop is an exact search
+with the rows of the last one as reference, so a row has as many edges as it has near rows. Both give the same where
+no list of neighbours is cut. What a hop leaves lies in scratch files, part by part:
+
+    direct/part-*        every row looked at: row, near_row, similarity
+    hop-<h>/part-*       rows that hop h reached, from where, and their vectors where something is to search them
+    sent/, arrived/      with ``neighbors``: every edge as its other end sees it, shuffled to the part of that end
+    frontier-<h>/part-*  without: the vectors of hop h in files of one size
+    joined/              the spanning forest of what is dropped, and of the reference images it is near to
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from curation.artifact import Artifact, Counts, FileInfo, by_name, part_name, pool_of, read_table, write_table
+from curation.components import merge_forests
+from curation.decontaminate import (
+    EDGE,
+    DecontaminateConfig,
+    component_sizes,
+    edge_records,
+    forest_of_pairs,
+    is_among,
+    near_pairs,
+    strongest_from,
+)
+from curation.embeddings import EmbeddingsPart, covered_rows, embeddings_table, read_embeddings
+from curation.execute import Executor, on_worker
+from curation.neighbors import Neighbors
+from curation.selection import read_selection, rows_among
+from curation.shuffle import read_shuffle, write_shuffle
+from curation.store import Location
+from pipelines.stage import SCRATCH, Output
+from pipelines.stages.neighbors import Base, nearest_in_base
+
+FRONTIER_ROWS = 65_536  # vectors of a frontier file, unless one part gives more
+EDGES_AT_ONCE = 1 << 20  # edges of a part in memory
+
+
+class Job(NamedTuple):
+    """What every task needs to know."""
+
+    config: DecontaminateConfig
+    embeddings: Artifact
+    edges: Artifact | None  # of a neighbors step
+    before: Artifact | None  # the selection
+    out: Location
+
+    def aside(self, folder: str, name: str) -> Location:
+        """A scratch file."""
+        return self.out / SCRATCH / folder / name
+
+
+class Part(NamedTuple):
+    """A part of the pool on its way through the hops."""
+
+    number: int
+    start: int  # position of its first row in the pool
+    vectors: EmbeddingsPart
+    hops: tuple[int, ...] = ()  # those that reached a row of it
+    bad: int = 0  # selected rows that were not decoded
+
+
+def looked_at(part: Part, job: Job) -> tuple[np.ndarray, np.ndarray, Counts]:
+    """Rows int32 (n,), their vectors float32 (n, d), and how many selected rows were not decoded."""
+    rows, x = part.vectors.read()
+    if job.before is None:
+        return rows, x, {}
+    bad: Counts = {}
+    chosen = read_selection(job.before.part(part.number)).rows
+    undecoded = np.isin(chosen, covered_rows(job.embeddings.part(part.number, "rejected")))
+    if undecoded.any():
+        bad, chosen = {"bad": int(undecoded.sum())}, chosen[~undecoded]
+    return chosen, x[rows_among(chosen, rows, "embeddings")], bad
+
+
+def columns_of(best: Neighbors, row_id: str, similarity: str) -> dict[str, pa.Array]:
+    """The nearest of each row as columns, null where there is none."""
+    none = best.row_ids[:, 0] < 0
+    return {
+        row_id: pa.array(best.row_ids[:, 0], mask=none),
+        similarity: pa.array(best.similarity[:, 0], mask=none),
+    }
+
+
+def reach(
+    job: Job, parts: Sequence[Part], reference: Base, out: Output, executor: Executor
+) -> tuple[list[Part], list[Base]]:
+    """Go outward until a hop reaches nothing new. Returns the parts with the hops that reached them, and the
+    vectors of each hop as a base (with ``neighbors`` none)."""
+    out.facts["hops"] = {}
+    looked = make_tables(partial(look_part, job=job), parts, "direct", out, executor, {"reference": reference})
+    parts = [part._replace(bad=file.counts.get("bad", 0)) for part, file in zip(parts, looked, strict=True)]
+    n_new, frontiers, hop = counts_of(looked), list[Base](), 1
+    if job.edges is not None and any(n_new):
+        turn_edges(job, parts, out, executor)
+    while any(n_new):
+        out.facts["hops"][str(hop)] = sum(n_new)
+        parts = [part._replace(hops=(*part.hops, hop)) if n else part for part, n in zip(parts, n_new, strict=True)]
+        at_hop = [part for part in parts if hop in part.hops]
+        work: Callable[..., FileInfo]
+        shared: dict[str, Any]
+        if job.edges is not None:
+            ids = executor.reduce(partial(ids_of_part, job=job, hop=hop), at_hop, join_ids)
+            work, shared = walk_part, {"frontier": ids}
+        else:
+            frontiers.append(frontier_of(job, hop, at_hop, [n for n in n_new if n], out, executor))
+            work, shared = search_part, {"frontier": frontiers[-1]}
+        hop += 1
+        n_new = counts_of(make_tables(partial(work, job=job, hop=hop), parts, hop_folder(hop), out, executor, shared))
+    return parts, frontiers
+
+
+def make_tables(
+    work: Callable[..., FileInfo],
+    parts: Sequence[Part],
+    folder: str,
+    out: Output,
+    executor: Executor,
+    shared: Mapping[str, Any],
+) -> list[FileInfo]:
+    """Have a scratch table made of every part, unless it is whole. Returns them in the order of the parts."""
+    side = Output(out.scratch(folder), executor)
+    side.make(work, parts, [[part_name(part.number)] for part in parts], shared)
+    return sorted(side.files, key=by_name)
+
+
+def counts_of(files: Sequence[FileInfo]) -> list[int]:
+    """How many rows of each part a hop reached."""
+    return [file.counts["reached"] for file in files]
+
+
+def hop_folder(hop: int) -> str:
+    """``hop-0002`` for 2."""
+    return f"hop-{hop:04d}"
+
+
+def look_part(part: Part, job: Job, reference: Base) -> FileInfo:
+    """The nearest reference image of every row looked at, and those that are near one as hop 1."""
+    rows, x, bad = looked_at(part, job)
+    best = nearest_in_base(x, reference, 1)
+    hit = best.similarity[:, 0] >= np.float32(job.config.min_similarity)
+    nowhere = Neighbors.none_yet(int(hit.sum()), 1)
+    write_hop(part, job, 1, rows[hit], nowhere, x[hit])
+    table = pa.table({"row": pa.array(rows, pa.int32()), **columns_of(best, "near_row", "similarity")})
+    return write_table(job.aside("direct", part_name(part.number)), table, {"reached": int(hit.sum()), **bad})
+
+
+def write_hop(part: Part, job: Job, hop: int, rows: np.ndarray, best: Neighbors, x: np.ndarray | None) -> FileInfo:
+    """The rows that a hop reached in one part, from where, and their vectors as float32: scaled once, for all."""
+    table = pa.table({"row": pa.array(rows, pa.int32())}) if x is None else embeddings_table(rows, x)
+    for name, column in columns_of(best, "through", "through_similarity").items():
+        table = table.append_column(name, column)
+    location = job.aside(hop_folder(hop), part_name(part.number))
+    return write_table(location, table, {"reached": len(rows)}, compress=False)
+
+
+def unreached_rows(part: Part, job: Job) -> np.ndarray:
+    """int32 (n,): the rows looked at that no hop has reached so far."""
+    rows = covered_rows(job.aside("direct", part_name(part.number)))
+    for hop in part.hops:
+        rows = rows[~is_among(rows, covered_rows(job.aside(hop_folder(hop), part_name(part.number))))]
+    return rows
+
+
+def search_part(part: Part, job: Job, hop: int, frontier: Base) -> FileInfo:
+    """One more hop by an exact search among the rows of the hop before."""
+    rows, x = part.vectors.read()
+    left = unreached_rows(part, job)
+    x = x[rows_among(left, rows, "embeddings")]
+    best = nearest_in_base(x, frontier, 1)
+    new = best.similarity[:, 0] >= np.float32(job.config.min_similarity)
+    return write_hop(part, job, hop, left[new], Neighbors(best.row_ids[new], best.similarity[new]), x[new])
+
+
+def frontier_of(
+    job: Job, hop: int, parts: Sequence[Part], n_rows: Sequence[int], out: Output, executor: Executor
+) -> Base:
+    """The vectors of a hop as a base to search, in files that are worth a read: many parts give few rows each."""
+    groups = group_parts(parts, n_rows)
+    side = Output(out.scratch(frontier_folder(hop)), executor)
+    names = [part_name(group[0].number) for group in groups]
+    side.make(partial(pack_frontier, job=job, hop=hop), groups, [[name] for name in names])
+    sizes = {file.name: file.rows for file in side.files}
+    return [
+        (group[0].start, EmbeddingsPart(side.location / name, sizes[name], 0, unit=False))
+        for group, name in zip(groups, names, strict=True)
+    ]
+
+
+def frontier_folder(hop: int) -> str:
+    """``frontier-0002`` for 2."""
+    return f"frontier-{hop:04d}"
+
+
+def group_parts(parts: Sequence[Part], n_rows: Sequence[int]) -> list[list[Part]]:
+    """Consecutive parts with at most FRONTIER_ROWS rows together, and int32 between first and last position."""
+    groups: list[list[Part]] = []
+    size = 0
+    for part, n in zip(parts, n_rows, strict=True):
+        apart = bool(groups) and part.start - groups[-1][0].start > np.iinfo(np.int32).max // 2
+        if not groups or apart or size + n > FRONTIER_ROWS:
+            groups.append([])
+            size = 0
+        groups[-1].append(part)
+        size += n
+    return groups
+
+
+def pack_frontier(group: Sequence[Part], job: Job, hop: int) -> FileInfo:
+    """One file of the rows that a hop reached in some parts; rows count from the start of the first part."""
+    found = [read_hop(part, job, hop) for part in group]
+    rows = np.concatenate([rows + (part.start - group[0].start) for part, (rows, _) in zip(group, found, strict=True)])
+    location = job.aside(frontier_folder(hop), part_name(group[0].number))
+    return write_table(location, embeddings_table(rows, np.concatenate([x for _, x in found])), compress=False)
+
+
+def read_hop(part: Part, job: Job, hop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and vectors float32 that a hop reached in one part."""
+    return read_embeddings(job.aside(hop_folder(hop), part_name(part.number)))
+
+
+def raw_name(index: int) -> str:
+    """``0000012`` for 12: a scratch file that is no table."""
+    return f"{index:07d}"
+
+
+def turn_edges(job: Job, parts: Sequence[Part], out: Output, executor: Executor) -> None:
+    """Shuffle every edge to the part of its other end: a row in the list of another is its neighbour too."""
+    starts = np.array([part.start for part in parts], np.int64)
+    send = partial(send_edges, job=job)
+    make_raw(send, parts, out.scratch("sent"), executor, {"starts": starts})
+    make_raw(partial(gather_edges, job=job, n_parts=len(parts)), parts, out.scratch("arrived"), executor)
+
+
+def make_raw(
+    work: Callable[..., None],
+    parts: Sequence[Part],
+    folder: Location,
+    executor: Executor,
+    shared: Mapping[str, Any] | None = None,
+) -> None:
+    """Have a file made of every part, unless it is whole; what is there is not read, it may be large."""
+    there = {entry.name for entry in folder.list()} if folder.is_folder() else set()
+    for _ in executor.map(work, [part for part in parts if raw_name(part.number) not in there], shared):
+        pass
+
+
+def own_edges(part: Part, job: Job) -> np.ndarray:
+    """EDGE (m,): the edges that start in a part, from the threshold of this step on."""
+    assert job.edges is not None, "asked for with neighbors alone"
+    table = read_table(job.edges.part(part.number))
+    similarity = table["similarity"].to_numpy()
+    near = similarity >= np.float32(job.config.min_similarity)
+    return edge_records(table["row"].to_numpy()[near], table["near_row"].to_numpy()[near], similarity[near])
+
+
+def send_edges(part: Part, job: Job, starts: np.ndarray) -> None:
+    """The edges of the rows looked at in one part, turned round and sorted by the part they go to."""
+    edges = own_edges(part, job)
+    edges = edges[is_among(edges["row"], covered_rows(job.aside("direct", part_name(part.number))))]
+    to = np.searchsorted(starts, edges["near_row"], side="right") - 1
+    turned = edge_records(edges["near_row"] - starts[to], edges["row"] + np.int64(part.start), edges["similarity"])
+    write_shuffle(job.aside("sent", raw_name(part.number)), turned, to, len(starts))
+
+
+def gather_edges(part: Part, job: Job, n_parts: int) -> None:
+    """The turned edges that arrive at one part, also at rows that nothing looked at: those are never asked for."""
+    with job.aside("arrived", raw_name(part.number)).side_file() as side, side.open("wb") as file:
+        for other in range(n_parts):
+            file.write(read_shuffle(job.aside("sent", raw_name(other)), EDGE, part.number).tobytes())
+
+
+def arrived_edges(part: Part, job: Job) -> Iterator[np.ndarray]:
+    """EDGE (<= EDGES_AT_ONCE,): what ``gather_edges`` wrote. A row may be in more lists than fit into memory."""
+    location = job.aside("arrived", raw_name(part.number))
+    step = EDGES_AT_ONCE * EDGE.itemsize
+    for offset in range(0, location.entry().size, step):
+        yield np.frombuffer(location.read(offset, step), EDGE)
+
+
+def ids_of_part(part: Part, job: Job, hop: int) -> np.ndarray:
+    """int64 (n,): row ids that a hop reached in one part."""
+    return covered_rows(job.aside(hop_folder(hop), part_name(part.number))) + np.int64(part.start)
+
+
+def join_ids(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The ids of earlier parts, then those of later ones: ascending. With its inputs 16 bytes a row of the hop."""
+    return np.concatenate([a, b])
+
+
+def walk_part(part: Part, job: Job, hop: int, frontier: np.ndarray) -> FileInfo:
+    """One more hop along the edges, in both directions."""
+    rows = unreached_rows(part, job)
+    best = Neighbors.none_yet(len(rows), 1)
+    if len(rows):
+        best = strongest_from(best, rows, own_edges(part, job), frontier)
+        for edges in arrived_edges(part, job):
+            best = strongest_from(best, rows, edges, frontier)
+    new = best.row_ids[:, 0] >= 0
+    return write_hop(part, job, hop, rows[new], Neighbors(best.row_ids[new], best.similarity[new]), None)
+
+
+def measure(
+    job: Job, parts: Sequence[Part], frontiers: Sequence[Base], reference: Base, out: Output, executor: Executor
+) -> str:
+    """Count the dropped components, into the facts. Returns the words for a step that drops too much."""
+    n_hops, sizes = len(out.facts["hops"]), (0, 0)
+    touched = [part for part in parts if part.hops]
+    if touched:
+        n_rows = int(pool_of(job.embeddings).starts[-1])
+        shared = {"frontiers": frontiers, "reference": reference}
+        make_raw(partial(join_part, job=job, n_rows=n_rows), touched, out.scratch("joined"), executor, shared)
+        forest = executor.reduce(partial(read_forest, job=job), touched, merge_forests)
+        sizes = on_worker(executor, partial(component_sizes, n_rows=n_rows), {"forest": forest}).get()
+    out.facts |= {"n_components": sizes[0], "largest_component": sizes[1]}
+    return f", in {sizes[0]} components, the largest of {sizes[1]} rows, reached in {n_hops} hops"
+
+
+def join_part(part: Part, job: Job, n_rows: int, frontiers: Sequence[Base], reference: Base) -> None:
+    """The spanning forest of the dropped rows of one part and what they are joined to; images of the reference
+    stand behind the rows of the pool."""
+    rows = rows_by_edges(part, job) if job.edges is not None else rows_by_search(part, job, frontiers)
+    images = near_ids(part, job, 1, [(start + n_rows, vectors) for start, vectors in reference])
+    forest = forest_of_pairs(chain(rows, images if 1 in part.hops else []))
+    job.aside("joined", raw_name(part.number)).write(forest.astype("<i8").tobytes())
+
+
+def rows_by_edges(part: Part, job: Job) -> Iterator[np.ndarray]:
+    """int64 (m, 2): the edges that arrived at dropped rows; what they come from is dropped as well."""
+    dropped = np.sort(np.concatenate([ids_of_part(part, job, hop) for hop in part.hops]))
+    for edges in arrived_edges(part, job):
+        pairs = np.stack([edges["row"] + np.int64(part.start), edges["near_row"]], axis=1)
+        yield pairs[is_among(pairs[:, 0], dropped)]
+
+
+def rows_by_search(part: Part, job: Job, frontiers: Sequence[Base]) -> Iterator[np.ndarray]:
+    """int64 (m, 2): near rows of the same hop and of the hop before; farther hops have none, or it were nearer."""
+    for hop in part.hops:
+        same = frontiers[hop - 1]
+        first = bisect_right([start for start, _ in same], part.start) - 1  # in earlier files these rows are found
+        yield from near_ids(part, job, hop, same[first:])
+        if hop > 1:
+            yield from near_ids(part, job, hop, frontiers[hop - 2])
+
+
+def near_ids(part: Part, job: Job, hop: int, base: Base) -> Iterator[np.ndarray]:
+    """int64 (m, 2): the rows that a hop reached in one part beside every near row of a base."""
+    rows, x = read_hop(part, job, hop)
+    for start, vectors in base:
+        near, y = vectors.read()
+        for i, j in near_pairs(x, y, job.config.min_similarity):
+            yield np.stack([rows[i] + np.int64(part.start), near[j] + np.int64(start)], axis=1)
+
+
+def read_forest(part: Part, job: Job) -> np.ndarray:
+    """int64 (f, 2): what ``join_part`` wrote."""
+    return np.frombuffer(job.aside("joined", raw_name(part.number)).read(), "<i8").reshape(-1, 2)
