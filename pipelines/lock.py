@@ -16,13 +16,18 @@ from typing import NamedTuple
 from curation.store import Conflict, Location
 from pipelines.errors import UserError
 
-BEAT_S = 15  # between signs of life of a run on S3
-STALE_S = 90  # without a sign of life a run on S3 is taken for dead
+BEAT_S = 15.0  # between signs of life of a run on S3
+STALE_S = 90.0  # without a sign of life a run on S3 is taken for dead
+LOOKS = 5  # a beat, at a lock whose holder may be dead
 
 
 @contextmanager
 def lock_root(root: Location, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a root. Raises UserError when another run holds it, or when it cannot be written to."""
+    """Hold a root. Raises UserError when another run holds it, or when it cannot be written to.
+
+    On S3 nobody tells that a holder died, so this waits for its next sign of life: at most ``BEAT_S`` when it lives,
+    ``STALE_S`` when it does not.
+    """
     with _local_lock(root) if root.is_local else _s3_lock(root, say):
         yield
 
@@ -154,15 +159,27 @@ def _take(root: Location, say: Callable[[str], None]) -> _Held:
             lock.write_new(_Beat.now(token))
         try:
             stamp, found = _look(lock)
-            age = time.time() - found.time
-            if found.token != token and age < STALE_S:
-                since = datetime.fromtimestamp(found.time, UTC).isoformat(timespec="seconds")
-                raise _busy(root, f"{found.holder}, alive at {since}")
             if found.token != token:
+                _wait_until_stale(root, stamp, found, say)
                 stamp = lock.write_over(_Beat.now(token), stamp)
-                silent = f", silent for {age:.0f} s" if found.time else ""
+                silent = f", silent for {time.time() - found.time:.0f} s" if found.time else ""
                 say(f"taking over {root} from {found.holder}{silent}")
             return _Held(lock, token, stamp)
         except (Conflict, FileNotFoundError):
             continue
     raise _busy(root, "it came first")
+
+
+def _wait_until_stale(root: Location, stamp: str, found: _Beat, say: Callable[[str], None]) -> None:
+    """Return when a holder has given no sign for ``STALE_S``. Raises UserError at a sign, FileNotFoundError when it
+    lets go. Clocks may differ: what the sign says is believed, but no longer than ``STALE_S`` of waiting."""
+    left = min(STALE_S - (time.time() - found.time), STALE_S)
+    if left <= 0:
+        return
+    say(f"{root} is held by {found.holder}: waiting for its next sign of life, at most {left:.0f} s")
+    end = time.monotonic() + left
+    while time.monotonic() < end:
+        time.sleep(min(BEAT_S / LOOKS, left))
+        if (root / ".lock").entry().stamp != stamp:
+            since = datetime.fromtimestamp(_look(root / ".lock")[1].time, UTC).isoformat(timespec="seconds")
+            raise _busy(root, f"{found.holder}, alive at {since}")

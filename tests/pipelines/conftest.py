@@ -1,9 +1,11 @@
 """One tiny run and one Ray for all tests of the pipeline."""
 
+import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import make_images, recipe
@@ -15,6 +17,10 @@ from pipelines.executor import LocalExecutor, Resources
 from pipelines.ray_executor import RayExecutor
 from pipelines.recipe import Recipe, parse_recipe
 from pipelines.stages.table import STAGES
+
+# What a process would import otherwise, each for seconds.
+PRELOAD = ["torch._dynamo", "numba", "faiss", "boto3", "sklearn.datasets", "pytest", "curation.loops",
+           "embedding.embed", "training.trainer", "pipelines.cli"]  # fmt: skip
 
 
 @dataclass
@@ -61,3 +67,11 @@ def ray_executor() -> Iterator[RayExecutor]:
     executor = RayExecutor(Resources(workers=2, loader_workers=0))
     yield executor
     executor.close()
+
+
+@pytest.fixture(scope="session")
+def other_process() -> Any:
+    """Processes of their own, to be killed, that start with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context

@@ -1,6 +1,7 @@
 """A whole recipe with images and root on S3, over HTTP: the same content as on a disk."""
 
 import json
+import threading
 import time
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 
 from curation.artifact import Artifact
 from curation.store import Location
+from pipelines import lock
 from pipelines.engine import read_root, run_recipe
 from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor
@@ -37,8 +39,15 @@ def test_a_recipe_on_s3_gives_the_content_of_a_local_one(tiny, on_s3):
     assert all(artifact is not None for artifact in read_root(root).values())
 
 
-def test_one_run_at_a_time_on_s3(on_s3):
-    with lock_root(on_s3, print), pytest.raises(UserError, match="another run works on"), lock_root(on_s3, print):
+def beat_of(holder: str, age: float = 0.0) -> bytes:
+    return json.dumps({"holder": holder, "time": time.time() - age, "token": holder}).encode()
+
+
+def test_one_run_at_a_time_on_s3(on_s3, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.1)
+    monkeypatch.setattr(lock, "STALE_S", 5)
+    busy = r"another run works on .*, alive at"
+    with lock_root(on_s3, print), pytest.raises(UserError, match=busy), lock_root(on_s3, print):
         pass
     with lock_root(on_s3, print):
         pass
@@ -46,17 +55,45 @@ def test_one_run_at_a_time_on_s3(on_s3):
 
 
 def test_a_dead_holder_is_taken_over_and_that_is_said(on_s3):
-    lock = on_s3 / ".lock"
-    lock.write(json.dumps({"holder": "process 7 on elsewhere", "time": time.time() - STALE_S - 1}).encode())
+    (on_s3 / ".lock").write(beat_of("process 7 on elsewhere", STALE_S + 1))
     said: list[str] = []
     with lock_root(on_s3, said.append):
         assert "process 7 on elsewhere, silent for" in said[0]
 
 
-def test_a_live_holder_is_not(on_s3):
-    (on_s3 / ".lock").write(json.dumps({"holder": "process 7 on elsewhere", "time": time.time()}).encode())
+@pytest.mark.parametrize("age", [0.0, -3600.0])  # its clock may be ahead of ours
+def test_a_holder_that_died_just_now_is_waited_for_and_taken_over(on_s3, monkeypatch, age):
+    monkeypatch.setattr(lock, "BEAT_S", 0.1)
+    monkeypatch.setattr(lock, "STALE_S", 0.5)
+    (on_s3 / ".lock").write(beat_of("process 7 on elsewhere", age))
+    said: list[str] = []
+    with lock_root(on_s3, said.append):
+        assert "process 7 on elsewhere: waiting for its next sign of life, at most" in said[0]
+        assert "taking over" in said[1]
+    assert len(said) == 2 and on_s3.list() == []
+
+
+def test_a_live_holder_is_not(on_s3, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.2)
+    monkeypatch.setattr(lock, "STALE_S", 5)
+    (on_s3 / ".lock").write(beat_of("process 7 on elsewhere", age=1))
+    beat = threading.Timer(0.1, (on_s3 / ".lock").write, [beat_of("process 7 on elsewhere")])
+    beat.start()
     with pytest.raises(UserError, match="process 7 on elsewhere, alive at"), lock_root(on_s3, print):
         pass
+    beat.join()
+
+
+def test_one_that_lets_go_while_it_is_waited_for_is_followed(on_s3, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.2)
+    (on_s3 / ".lock").write(beat_of("process 7 on elsewhere"))
+    end = threading.Timer(0.1, (on_s3 / ".lock").delete)
+    end.start()
+    said: list[str] = []
+    with lock_root(on_s3, said.append):
+        assert len(said) == 1 and "waiting" in said[0]
+    end.join()
+    assert on_s3.list() == []
 
 
 def test_the_lock_of_a_killed_holder_on_a_disk_is_free(tmp_path):
