@@ -3,7 +3,7 @@
 Charts are ``WIDTH`` units wide, so that their letters keep their size on a phone and grow a little on a desk.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 34  # margins of a chart
 BOX_WIDTH, BOX_HEIGHT = 138, 54
 LANE_WIDTH = 20  # of an arrow that passes a layer
 GAP_X, GAP_Y = 16, 34
+MAX_ALIKE = 3  # nodes that are used alike and still have a box each
+APART_ROW = 5  # boxes without arrows beside one another
 N_SWEEPS = 8  # over the layers, to untangle arrows
 MAX_POINTS = 240  # of a curve
 
@@ -35,12 +37,18 @@ class Curve(NamedTuple):
     css: str
 
 
-def pipeline_picture(nodes: Sequence[Node], inputs: Mapping[str, Sequence[str]]) -> Markup:
-    """Boxes in layers from the top down, an arrow from every input. ``inputs`` names earlier nodes of each node."""
+def pipeline_picture(nodes: Sequence[Node], inputs: Mapping[str, Sequence[str]], apart: Sequence[Node] = ()) -> Markup:
+    """Boxes in layers from the top down, an arrow from every input. ``inputs`` names earlier nodes of each node;
+    the nodes ``apart`` have no arrows and stand below all others."""
     layers, arrows = layered([node.name for node in nodes], inputs)
     x = place(layers, arrows)
+    for i, node in enumerate(apart):
+        if i % APART_ROW == 0:
+            layers.append([])
+        layers[-1].append(node.name)
+        x[node.name] = 4 + half_width(node.name) + i % APART_ROW * (BOX_WIDTH + GAP_X)
     y = {name: row * (BOX_HEIGHT + GAP_Y) + 4 for row, layer in enumerate(layers) for name in layer}
-    boxes = {node.name: node for node in nodes}
+    boxes = {node.name: node for node in [*nodes, *apart]}
     width = max(x[name] + half_width(name) for layer in layers for name in layer) + 4
     height = len(layers) * (BOX_HEIGHT + GAP_Y) - GAP_Y + 8
     lines = [arrow(x[a], y[a] + BOX_HEIGHT, x[b], y[b], b in boxes) for a, b in arrows]
@@ -154,6 +162,38 @@ def spread(layer: Sequence[str], x: dict[str, float], wish: Mapping[str, float])
             blocks[-2:] = [(start, names, offsets)]
     for start, names, offsets in blocks:
         x.update({name: start + o for name, o in zip(names, offsets, strict=True)})
+
+
+def fold(stages: Mapping[str, str], inputs: Mapping[str, Sequence[str]], which: Sequence[str]) -> dict[str, str]:
+    """The box of every node: its own name, or one for more than ``MAX_ALIKE`` nodes that are alike.
+
+    Alike are nodes of one stage among ``which`` that are made the same way (by stages) and read by nodes that are
+    alike; ``inputs`` names earlier nodes of each node, in the order of ``stages``. Where a box is shared, the nodes
+    come in order of their depth, so that boxes too read earlier ones.
+    """
+    numbers: dict[tuple[Hashable, ...], int] = {}
+
+    def number(*what: Hashable) -> int:
+        return numbers.setdefault(what, len(numbers))
+
+    made: dict[str, int] = {}
+    depth: dict[str, int] = {}
+    for name, stage in stages.items():
+        made[name] = number("made", stage, tuple(sorted(made[source] for source in inputs[name])))
+        depth[name] = 1 + max((depth[source] for source in inputs[name]), default=0)
+    readers: dict[str, set[int]] = {name: set() for name in stages}
+    groups: dict[int, list[str]] = {}
+    for name in reversed(list(stages)):
+        likeness = number("alike", made[name], frozenset(readers[name])) if stages[name] in which else number(name)
+        groups.setdefault(likeness, []).insert(0, name)
+        for source in inputs[name]:
+            readers[source].add(likeness)
+    boxes = {name: name for name in stages}
+    for names in groups.values():
+        if len(names) > MAX_ALIKE:
+            boxes |= dict.fromkeys(names, f"{names[0]} + {len(names) - 1}")
+            boxes = {name: boxes[name] for name in sorted(boxes, key=lambda name: depth[name])}
+    return boxes
 
 
 def half_width(name: str) -> float:

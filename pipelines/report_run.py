@@ -1,7 +1,7 @@
 """What a page is about: the steps of a run, and how much of them is shown."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -41,6 +41,7 @@ class Run:
     config: ReportConfig
     labels: Location | None  # the file of labels, if there is one
     executor: Executor
+    unfinished: Mapping[str, str] = field(default_factory=dict)  # the stage of each step that the run has not finished
 
     @cached_property
     def _at(self) -> dict[str, Artifact]:
@@ -69,8 +70,8 @@ class Run:
 
 
 def step_inputs(artifact: Artifact) -> dict[str, str]:
-    """The step behind each input."""
-    return {key: entry["path"].split("/")[0] for key, entry in artifact.manifest["inputs"].items()}
+    """The step behind each input: the last but one piece of its path, which may be absolute."""
+    return {key: entry["path"].split("/")[-2] for key, entry in artifact.manifest["inputs"].items()}
 
 
 def best_of(found: Sequence[Any], n: int, key: Any) -> list[Any]:

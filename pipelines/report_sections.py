@@ -15,6 +15,7 @@ from curation.selection import read_selection
 from curation.sources import source_root
 from pipelines import drawings
 from pipelines.report_run import Run, best_of, step_inputs
+from pipelines.stage import SELECTIONS
 from pipelines.stages.cluster import labels_of_level
 from pipelines.thumbnails import make_thumbs, rejected_thumb
 
@@ -50,11 +51,17 @@ class Member(NamedTuple):
 
 
 def part_pairs(index: int, step: Artifact, column: str, low: float, n: int, seed: int) -> Pairs:
-    """The dropped rows of one part: the n most and least similar and n drawn ones."""
-    table = read_table(step.part(index), ["row", "kept", column, "similarity"])
+    """The dropped rows of one part: the n most and least similar and n drawn ones.
+
+    ``column`` says which row each was dropped for; of ``through``, which joins images to a component, the similarity is
+    that of the join, and the rows are those that are not near a reference image themselves.
+    """
+    table = read_table(step.part(index))
     table = table.filter(pc.invert(table["kept"]))
+    if "hops" in table.column_names:
+        table = table.filter(pc.greater(table["hops"], 1) if column == "through" else pc.equal(table["hops"], 1))
     luck = np.random.default_rng([seed, index]).random(table.num_rows)
-    similarity = table["similarity"].to_numpy()
+    similarity = table["through_similarity" if column == "through" else "similarity"].to_numpy()
     row_id = table["row"].to_numpy() + step_starts(step)[index]
     near = table[column].to_numpy()
     orders = [np.lexsort((row_id, key))[:n] for key in (-similarity, similarity, luck)]
@@ -128,27 +135,39 @@ def duplicates(run: Run) -> list[dict[str, Any]]:
 
 
 def leaks(run: Run) -> list[dict[str, Any]]:
-    """Every decontaminate step: what was dropped beside the reference image."""
+    """Every decontaminate step: what was dropped beside the reference image, or beside what joins it to one."""
     found = []
     for name, step in run.of("decontaminate").items():
         pool, reference = run.pool(step), run.pool(step.input("reference"))
-        low = step.manifest["config"]["min_similarity"]
+        config, low = step.manifest["config"], step.manifest["config"]["min_similarity"]
         pairs = gather_pairs(run, step, "near_row", low)
-        groups = groups_of(pairs)
-        shown = [pair for _, some in groups for pair in some]
-        mine = make_thumbs(pool, [pair.row_id for pair in shown], run.executor)
-        theirs = make_thumbs(reference, [pair.near for pair in shown], run.executor)
+        groups = picture_pairs(run, groups_of(pairs), reference, pool)
+        if config["mode"] == "component":
+            joined = groups_of(gather_pairs(run, step, "through", low))
+            groups += [(f"Joined through the left one: {title.lower()}", some)
+                       for title, some in picture_pairs(run, joined, pool, pool)]  # fmt: skip
         found.append({
             "name": name, "counts": step.counts, "reference": run.name(reference), "min_similarity": low,
-            "backbone": step.input("embeddings").facts["backbone"]["name"],
+            "backbone": step.input("embeddings").facts["backbone"]["name"], "mode": config["mode"],
+            "hops": step.facts.get("hops", {}), "largest": step.facts.get("largest_component", 0),
             "histogram": histogram(pairs.histogram, low, "similarity to the nearest reference image"),
-            "groups": [
-                (title, [{"left": theirs[p.near], "right": mine[p.row_id], "similarity": p.similarity,
-                          "edge": p.similarity} for p in some])
-                for title, some in groups
-            ],
+            "groups": groups,
         })  # fmt: skip
     return found
+
+
+def picture_pairs(
+    run: Run, groups: Sequence[tuple[str, list[Pair]]], near_pool: Artifact, pool: Artifact
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Thumbnails for the pairs of some groups: left the near image, right the dropped one."""
+    shown = [pair for _, some in groups for pair in some]
+    mine = make_thumbs(pool, [pair.row_id for pair in shown], run.executor)
+    theirs = make_thumbs(near_pool, [pair.near for pair in shown], run.executor)
+    return [
+        (title, [{"left": theirs[p.near], "right": mine[p.row_id], "similarity": p.similarity, "edge": p.similarity}
+                 for p in some])
+        for title, some in groups
+    ]  # fmt: skip
 
 
 def histogram(counts: np.ndarray, low: float, what: str) -> Any:
@@ -313,9 +332,7 @@ def classes(run: Run) -> list[dict[str, Any]]:
     labels = read_table(run.labels, ["source", "label"]) if run.labels else None
     found = []
     for name, pool in run.of("pool").items():
-        chain = [
-            step for step in run.of("select", "dedup", "decontaminate", "sample").items() if run.pool(step[1]) == pool
-        ]
+        chain = [step for step in run.of(*SELECTIONS).items() if run.pool(step[1]) == pool]
         if not chain:
             continue
         counted = [(name, count_labels(run, pool, None, labels))]

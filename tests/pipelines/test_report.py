@@ -21,6 +21,7 @@ from pipelines.recipe import parse_recipe
 from pipelines.report import build_page
 from pipelines.report_run import ReportConfig, Run
 from pipelines.report_sections import balance
+from pipelines.stage import SELECTIONS
 from pipelines.stages.report import STAGE
 from pipelines.stages.table import STAGES
 
@@ -136,12 +137,66 @@ def test_pairs_show_the_similarity_of_the_two_images(tiny, html):
 
 def test_leaks_stand_beside_their_reference_image(tiny, html):
     clean = tiny.artifact("clean")
-    section = html[html.index('id="leaks"') : html.index('id="clusters"')]
-    names = re.findall(r'alt="(reference|dropped) ([^"]*)"', section)
+    section = html[html.index("<h3>clean: ") :]
+    names = re.findall(r'alt="(reference|dropped) ([^"]*)"', section[: section.index("<h3>", 4)])
     dropped = [name for kind, name in names if kind == "dropped"]
     assert clean.counts["dropped"] == len(dropped) == 5
     for (_, reference), (_, leak) in zip(names[::2], names[1::2], strict=True):
         assert leak.removeprefix("leak-") == reference.rpartition("/")[2]
+
+
+def test_components_show_what_joins_an_image_to_a_reference(tiny, html):
+    step = tiny.artifact("clean_components")
+    section = html[html.index("<h3>clean_components: ") :]
+    section = section[: section.index("<h3>", 4)]
+    counts = step.counts
+    assert counts["transitive"] > 0
+    words = " ".join(section.split())
+    assert (
+        f"{counts['direct']} images are near a reference image themselves, {counts['transitive']} are joined" in words
+    )
+    assert f"the largest component has {step.facts['largest_component']} image" in words
+    assert "Joined through the left one" in section
+
+
+def test_retrieval_counts_what_each_seed_set_asked_for_and_got(tiny, html):
+    section = html[html.index('id="retrieved"') : html.index('id="clusters"')]
+    table = Page(section[section.index("<h3>near_seeds") : section.index("<h3>near_clusters")])
+    rows = {row[0]: row[1:] for row in table_below(table, "seeds")}
+    facts = tiny.artifact("near_seeds").facts["seed_pools"]
+    assert list(rows) == list(facts)
+    for name, fact in facts.items():
+        assert rows[name] == [f"{fact[key]:,}" for key in ("n_seeds", "nominal", "retrieved", "kept")]
+    assert "at most 70 for a seed set; 60 in all, shared fairly" in table.words()
+    shown = re.findall(r'alt="(seed|retrieved) ([^"]*)"', section)
+    assert len(shown) == 2 * 2 * ReportConfig().n_pairs and {kind for kind, _ in shown[::2]} == {"seed"}
+
+
+def test_a_mix_says_how_its_components_share_the_batches(tiny, html):
+    section = Page(html[html.index('<h2 id="mixed"') : html.index('<h2 id="classes"')])
+    rows = {row[0]: row[1:] for row in table_below(section, "component")}
+    facts = tiny.artifact("mixed").facts["components"]
+    assert {name: row[0] for name, row in rows.items()} == {name: str(fact["rows"]) for name, fact in facts.items()}
+    assert rows["exam"][2:] == ["10.0 %", "", "10.0 %"]
+    assert rows["balanced"][2:] == ["", "70.0 %", "63.0 %"] and rows["more"][2:] == ["", "30.0 %", "27.0 %"]
+
+
+def test_many_steps_used_alike_share_a_box():
+    """Five seed sets and their vectors feed one step; the pool, its vectors and a lone reader keep their own."""
+    stages, inputs = {"web": "pool", "web_vec": "embed"}, {"web": [], "web_vec": ["web"]}
+    for i in range(5):
+        stages |= {f"s{i}": "pool", f"v{i}": "embed"}
+        inputs |= {f"s{i}": [], f"v{i}": [f"s{i}"]}
+    stages |= {"near": "retrieve", "other": "pool", "other_vec": "embed", "near_other": "retrieve", "page": "report"}
+    inputs |= {"near": ["web_vec", *(f"v{i}" for i in range(5))], "other": [], "other_vec": ["other"],
+               "near_other": ["web_vec", "other_vec"], "page": ["near", "near_other"]}  # fmt: skip
+    boxes = drawings.fold(stages, inputs, ("pool", "embed"))
+    assert {boxes[f"s{i}"] for i in range(5)} == {"s0 + 4"} and {boxes[f"v{i}"] for i in range(5)} == {"v0 + 4"}
+    alone = ("web", "web_vec", "near", "other", "other_vec", "near_other", "page")
+    assert [boxes[name] for name in alone] == list(alone)
+    order = list(dict.fromkeys(boxes.values()))
+    for name, some in inputs.items():
+        assert all(order.index(boxes[source]) < order.index(boxes[name]) for source in some)
 
 
 def test_refused_files_are_counted_by_reason(tiny, html):
@@ -179,7 +234,9 @@ def test_classes_come_from_the_file_of_labels(tiny, page):
     ]
     known = [str(target[int(name[:4])]) for name in names if name[:4].isdigit()]
     rows = {row[0]: row[1:] for row in table_below(page, "after step")}
-    assert list(rows) == ["web", "usable", "unique", "clean", "balanced"]
+    web = tiny.artifact("web").digest
+    chosen = [name for name, a in artifacts(tiny).items() if a.stage in SELECTIONS and pool_of(a).digest == web]
+    assert list(rows) == ["web", *chosen] and {"unique", "clean", "near_seeds", "balanced"} < set(chosen)
     assert rows["web"][0] == str(len(known))
     n = np.array(list(Counter(known).values()))
     assert rows["web"][3] == f"{n.max() / n.min():.1f} : 1"
@@ -192,11 +249,11 @@ def test_without_labels_there_are_no_classes(tiny):
 def test_curves_accuracies_and_backbones_are_those_of_the_artifacts(tiny, html, page):
     table = read_table(tiny.artifact("first").part(0))
     assert f"ln K = {math.log(64):.2f}" in html
-    assert f"The loss ends at {np.nanmean(table['loss'].to_numpy()[-1:]):.2f} nats" in page.words()
+    assert f"The DINO loss ends at {np.nanmean(table['dino_loss'].to_numpy()[-1:]):.2f} nats" in page.words()
     assert f"<b>{100 * tiny.artifact('score').facts['accuracy']:.1f} %</b>" in html
     digest = next(f.sha256 for f in tiny.artifact("first").files if f.name == "model.safetensors")
     rows = {row[1]: row for row in table_below(page, "backbone")}
-    assert rows["first"][2] == digest[:16] and rows["first"][4] == "web_vec, score"
+    assert rows["first"][2] == digest[:16] and rows["first"][4] == "web_vec, exam_vec, score"
 
 
 def test_nothing_is_loaded_from_elsewhere_and_no_script_runs(html, page):
@@ -257,7 +314,8 @@ def test_a_recipe_without_a_kind_of_step_has_no_such_section(tiny, html):
 def test_pictures_are_bounded_and_can_be_left_out(tiny, html):
     assert len(html) < MAX_BYTES
     few = Page(page_of(artifacts(tiny), n_pairs=1, n_images=2, n_clusters=3, n_rejected=1))
-    assert len(few.images()) <= 2 * 3 * 2 + 3 * 2 + 3
+    n_pair_sections = 1 + 3 + 2 + 2  # dedup, decontaminate, what components join, retrieve
+    assert len(few.images()) <= 2 * 3 * n_pair_sections + 3 * 2 + 3
     none = Page(page_of(artifacts(tiny), n_pairs=0, n_images=0, n_clusters=0, n_rejected=0, n_classes=0))
     assert not none.images()
     with pytest.raises(ValueError, match=r"report\.n_pairs must be in 0\.\.48: got 49"):
