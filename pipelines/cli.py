@@ -1,4 +1,4 @@
-"""The command line: ``openlvd run | plan | status | demo``.
+"""The command line: ``openlvd run | plan | status | why | report | demo``.
 
 Data goes to stdout, everything for people's eyes while they wait to stderr. Exit code 2 for what the user can
 mend, 1 for a run that failed.
@@ -16,13 +16,18 @@ from rich.console import Console
 from rich.table import Table
 
 from curation.store import Location
+from pipelines.commands import PanelGroup, add_stage_commands, read_value
 from pipelines.engine import StepResult, last_seconds, plan_recipe, read_root
 from pipelines.errors import TaskError, UserError
-from pipelines.launch import run_steps
+from pipelines.executor import Resources
+from pipelines.launch import open_executor, run_steps
+from pipelines.progress import StepProgress
 from pipelines.recipe import Recipe, read_recipe
 from pipelines.stages.table import STAGES
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=PanelGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C, which typer returns
 
@@ -31,6 +36,7 @@ Root = Annotated[str | None, typer.Option(help="Where artifacts go: a folder or 
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="STEP.KEY=VALUE", help="Change the recipe.")]
 Until = Annotated[str | None, typer.Option(metavar="STEP", help="Stop after this step.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a step on stdout.")]
+AsSummary = Annotated[bool, typer.Option("--json", help="The summary as one JSON object on stdout.")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="serial (this process) or ray.")]
 Address = Annotated[str | None, typer.Option(help="A Ray cluster; without it Ray runs in processes of this machine.")]
 
@@ -78,6 +84,42 @@ def status(root: Annotated[str, typer.Argument(metavar="ROOT")], as_json: AsJson
 
 
 @app.command()
+def why(
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="The root of a run.")],
+    image: Annotated[
+        str, typer.Argument(metavar="KEY|PATH", help="A key or its first digits, a path in a source, or any file.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """The story of an image: which step kept or dropped it, and why."""
+    from pipelines.why import print_story, tell_why
+
+    story = tell_why(Location(root), image)
+    if as_json:
+        print(json.dumps(story))
+    else:
+        print_story(story, Console(highlight=False, emoji=False))
+
+
+@app.command()
+def report(
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="The root of a run, finished or not.")],
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE.html", help="Where the page goes; without it ROOT/report.html.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="The heading of the page.")] = None,
+    executor: ExecutorName = "serial",
+    address: Address = None,
+) -> None:
+    """Write a page about the last run on a root."""
+    from pipelines.report_command import write_page
+
+    with open_executor(executor, address, Resources()) as engine, StepProgress() as progress:
+        page = write_page(Location(root), out, title, engine, progress.start)
+    print(page)
+
+
+@app.command()
 def demo(
     root: Annotated[str, typer.Option(help="Where the demo's pool and its run go.")] = "demo",
     overrides: Overrides = None,
@@ -88,6 +130,69 @@ def demo(
     from pipelines.demo import run_demo
 
     run_demo(Location(root).resolved(), overrides or [], executor, as_json)
+
+
+Photos = Annotated[str, typer.Argument(metavar="PHOTOS", help="Images: a folder, tar, Parquet or s3:// prefix.")]
+MinSimilarity = Annotated[
+    float | None,
+    typer.Option(
+        help="Cosine from which on two images are copies. 0.99 for pixels; for others it must be given (SSCD: 0.6).",
+    ),
+]
+BackboneName = Annotated[
+    str, typer.Option("--backbone", help="pixels, a Hugging Face owner/name, or the folder or file of a model.")
+]
+MaxDropFraction = Annotated[
+    float, typer.Option(help="Share of near copies from which on the threshold is taken for a mistake.")
+]
+
+
+@app.command("dedup-folder")
+def dedup_folder(
+    photos: Photos,
+    kept: Annotated[str, typer.Argument(metavar="KEPT", help="A new folder for the images that stay.")],
+    min_similarity: MinSimilarity = None,
+    backbone: BackboneName = "pixels",
+    max_drop_fraction: MaxDropFraction = 0.5,
+    executor: ExecutorName = "serial",
+    as_json: AsSummary = False,
+) -> None:
+    """Copy the images of a folder without near-duplicates; the folder itself is never touched.
+
+    Of every group of copies the one with most pixels stays, under its own name. KEPT/.openlvd has dropped.csv with the
+    others, report.html with pictures, and the recipe. Run it again when images were added.
+    """
+    from pipelines import oneliners
+
+    oneliners.dedup_folder(photos, kept, min_similarity, backbone, max_drop_fraction, executor, as_json)
+
+
+@app.command("balance-folder")
+def balance_folder(
+    photos: Photos,
+    out: Annotated[str, typer.Option("--out", metavar="SHARDS", help="A new folder or s3:// prefix for the shards.")],
+    target: Annotated[int, typer.Option(help="Images in the shards, at most.")],
+    min_similarity: MinSimilarity = None,
+    backbone: BackboneName = "pixels",
+    n_clusters: Annotated[
+        str | None,
+        typer.Option(metavar="[INT, ...]", help="Clusters of each level, finest first. Default: images / 10, / 100."),
+    ] = None,
+    max_drop_fraction: MaxDropFraction = 0.5,
+    executor: ExecutorName = "serial",
+    as_json: AsSummary = False,
+) -> None:
+    """Make WebDataset shards of a folder: no copies, and every kind of image the same share, as far as it goes.
+
+    SHARDS holds the tars and one set of them: another target or other images need another SHARDS. SHARDS/.openlvd has
+    report.html with pictures of the clusters, and the recipe.
+    """
+    from pipelines import oneliners
+
+    levels = read_value(n_clusters, tuple[int, ...], "--n-clusters", "balance-folder")
+    oneliners.balance_folder(
+        photos, out, target, min_similarity, backbone, levels, max_drop_fraction, executor, as_json
+    )
 
 
 def root_of(recipe: Recipe, given: str | None) -> Location:
@@ -106,6 +211,16 @@ def show_results(results: Iterable[StepResult], as_json: bool) -> None:
             print(json.dumps(as_plain(result)), flush=True)
     if not as_json:
         Console().print(results_table(seen))
+
+
+def show_result(result: StepResult, as_json: bool) -> None:
+    """The result of one step, and where it is."""
+    show_results([result], as_json)
+    if not as_json:
+        print(f"\n{result.location}")
+
+
+add_stage_commands(app, show_result)
 
 
 def as_plain(result: StepResult) -> dict[str, Any]:

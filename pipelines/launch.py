@@ -1,6 +1,6 @@
 """Runs a recipe with an executor of the user's choice and shows its progress."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from curation.store import Location
@@ -19,10 +19,24 @@ def run_steps(
 ) -> Iterator[StepResult]:
     """Run a recipe with progress on stderr; each step's result as it is there."""
     with open_executor(executor, address, recipe.resources) as engine, StepProgress(quiet) as progress:
-        for result in run_recipe(recipe, root, engine, until, progress.start, progress.say):
-            progress.stop()
+        yield from run_shown(recipe, root, engine, progress, until)
+
+
+def run_shown(
+    recipe: Recipe,
+    root: Location,
+    engine: LocalExecutor | RayExecutor,
+    progress: StepProgress,
+    until: str | None = None,
+    places: Mapping[str, Location] | None = None,
+    told: Collection[str] = (),
+) -> Iterator[StepResult]:
+    """Run a recipe on an open executor; each step's result as it is there, with a line unless it is ``told``."""
+    for result in run_recipe(recipe, root, engine, until, progress.start, progress.say, places):
+        progress.stop()
+        if result.name not in told:
             progress.say(result_line(result))
-            yield result
+        yield result
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hold_digests import DIGESTS, digests_of, machine_tag
-from tiny import STEP_OF_STAGE, answer
+from tiny import EXTRA_STEPS, STEP_OF_STAGE, answer
 
 from curation.artifact import Artifact, FileInfo
 from curation.store import Location
@@ -25,7 +24,7 @@ from pipelines.recipe import STEP, Recipe
 from pipelines.stage import FOUND, Output
 from pipelines.stages.table import STAGES
 
-STEPS = sorted(STEP_OF_STAGE.values())
+STEPS = sorted([*STEP_OF_STAGE.values(), *EXTRA_STEPS])
 N_KILLS = int(os.environ.get("OPENLVD_KILLS", "2"))
 
 
@@ -59,7 +58,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
 def test_every_stage_is_in_the_contract(tiny):
     assert set(STEP_OF_STAGE) == set(STAGES)
     assert {step.stage for step in tiny.recipe.steps} == set(STAGES)
-    for step in ("web", "web_vec", "near", "unique", "clean", "tree", "balanced"):
+    for step in ("web", "web_vec", "near", "unique", "clean", "tree", "balanced", *EXTRA_STEPS):
         assert len(tiny.artifact(step).parts) >= 8, step
 
 
@@ -94,13 +93,6 @@ def stop_at_publish(recipe: Recipe, root: Path, step: str, n: int, told: Any) ->
     Location.publish = slow  # type: ignore[method-assign]
     run_until(recipe, root, step)
     told.send(0)  # there were fewer files
-
-
-@pytest.fixture(scope="session")
-def other_process() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numba", "faiss", "pipelines.cli"])
-    return context
 
 
 def kill_at(context: Any, recipe: Recipe, root: Path, step: str, n: int) -> bool:
@@ -156,17 +148,30 @@ def test_inputs_are_untouched(tiny, without, step):
     assert stamps(tiny.images) == before[1]
 
 
-# Another valid value of a field, where adding one would not give one.
+# Another valid value of a field, where adding one would not give one; of a field with two values, each for the other.
 OTHER = {
+    "decontaminate.mode": {"direct": "component", "component": "direct"},
+    "union.members": ("exam_copy", "web_copy"),
+    "mix.components": ("exam", "balanced", "more"),
+    "mix.homogeneous": {"exam": 0.2},
+    "mix.heterogeneous": {"balanced": 0.6, "more": 0.4},
     "pool.image_column": "picture",
     "pool.label_column": "class",
     "select.where": "height >= 24",
     "embed.backbone": "pixels",
     "embed.pooling": "mean",
     "dedup.keep": "first",
+    "dedup.rule": "semdedup",
     "cluster.n_clusters": (18, 4),
     "cluster.resample_size": (2, 2),
     "sample.pick": "closest",
+    "retrieve.mode": {"sample": "cluster", "cluster": "sample"},
+    "retrieve.seeds": ("web_copy",),
+    "retrieve.n_neighbors": 5,
+    "retrieve.min_hits": 2,
+    "retrieve.per_cluster": 2,
+    "retrieve.level": 0,
+    "retrieve.pick": "closest",
     "evaluate.backbone": "pixels",
     "evaluate.pooling": "mean",
     "report.title": "Another",
@@ -183,12 +188,14 @@ OTHER = {
     "train.schedule": "cosine",
     "train.precision": "bfloat16",
     "train.teacher_temperature_start": 0.03,
+    "train.mask_ratio": (0.2, 0.4),
 }
 
 
 def other_value(stage: str, name: str, value: Any) -> Any:
     if f"{stage}.{name}" in OTHER:
-        return OTHER[f"{stage}.{name}"]
+        other = OTHER[f"{stage}.{name}"]
+        return other[value] if isinstance(other, dict) and isinstance(value, str) else other
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -242,20 +249,22 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_every_config_field_is_read(tiny, tmp_path, step):
-    entry = next(s for s in tiny.recipe.steps if s.name == step)
-    stage = STAGES[entry.stage]
-    inputs = {name: tiny.artifact(source) for name, source in entry.inputs.items()}
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_every_config_field_is_read(tiny, tmp_path, name):
+    """In one of the modes of its stage."""
+    stage = STAGES[name]
+    entries = [s for s in tiny.recipe.steps if s.name in STEPS and s.stage == name]
+    runs = [(entry, variant) for entry in entries for variant in VARIANTS.get(name, [{}])]
     seen: set[str] = set()
-    for i, variant in enumerate(VARIANTS.get(entry.stage, [{}])):
+    for i, (entry, variant) in enumerate(runs):
+        inputs = {name: tiny.artifact(source) for name, source in entry.inputs.items()}
         config = recording(replace(entry.config, **variant), seen)
         seen.clear() if i == 0 else None
         found = stage.look(config)[1] if stage.look else None
         executor = LocalExecutor(Resources(loader_workers=0))
         out = Output(Location(str(tmp_path / str(i))), executor)
         stage.run(config, {**inputs, FOUND: found}, out, executor)
-    assert {field.name for field in fields(entry.config)} - seen == set()
+    assert {field.name for field in fields(stage.config)} - seen == set()
 
 
 @pytest.mark.parametrize(
@@ -305,7 +314,7 @@ def test_whatever_a_stage_reads_is_in_its_fingerprint(tiny, tmp_path, monkeypatc
     entry = next(s for s in tiny.recipe.steps if s.name == step)
     stage = STAGES[entry.stage]
     inputs = {name: tiny.artifact(source) for name, source in entry.inputs.items()}
-    declared = {a.digest for a in inputs.values()} | {reached(inputs, path).digest for path in stage.through}
+    declared = {a.digest for a in [*inputs.values(), *reached(inputs, stage.through).values()]}
     opened: dict[str, str] = {}
     real = Artifact.input
 

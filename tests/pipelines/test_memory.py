@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from tiny import STEP_OF_STAGE, TRAIN, answer, noise_png
+from tiny import EXTRA_STEPS, STEP_OF_STAGE, TRAIN, answer, noise_png
 
-from curation import kmeans
+from curation import decontaminate, kmeans
 from curation.store import Location
 from pipelines.engine import run_recipe
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
+from pipelines.stages import hops
 from pipelines.stages.table import STAGES
 
 PART_ROWS = 256
@@ -42,6 +44,7 @@ def recipe(folder: Path) -> dict[str, Any]:
         "steps": {
             "web": {**pool, "source": str(folder / "web")},
             "exam": {**pool, "source": str(folder / "exam")},
+            "both": {"stage": "union", "members": ["web", "exam"]},
             "usable": {"stage": "select", "pool": "web", "where": "width >= 24"},
             "web_vec": {"stage": "embed", "pool": "web", "selection": "usable", "backbone": "pixels"},
             "exam_vec": {"stage": "embed", "pool": "exam", "backbone": "pixels"},
@@ -49,10 +52,25 @@ def recipe(folder: Path) -> dict[str, Any]:
             "unique": {"stage": "dedup", "neighbors": "near"},
             "clean": {"stage": "decontaminate", "embeddings": "web_vec", "selection": "unique",
                       "reference": "exam_vec", "min_similarity": 0.99},
+            # pictures of noise are hardly alike: from here on they are all joined, in two hops
+            "alike": {"stage": "neighbors", "embeddings": "web_vec", "n_neighbors": 8, "min_similarity": 0.07},
+            "clean_components": {"stage": "decontaminate", "embeddings": "web_vec", "reference": "exam_vec",
+                                 "neighbors": "alike", "mode": "component", "min_similarity": 0.07,
+                                 "max_drop_fraction": 1.0},
+            "clean_searched": {"stage": "decontaminate", "embeddings": "web_vec", "reference": "exam_vec",
+                               "mode": "component", "min_similarity": 0.07, "max_drop_fraction": 1.0},
             "tree": {"stage": "cluster", "embeddings": "web_vec", "n_clusters": [16, 4], "n_resamples": 1,
                      "resample_size": [4, 2], "n_iter": 3},
+            "near_seeds": {"stage": "retrieve", "mode": "sample", "embeddings": "web_vec", "selection": "usable",
+                           "seeds": ["exam_vec"], "n_neighbors": 40, "max_rows": 300, "target": 200},
+            "near_clusters": {"stage": "retrieve", "mode": "cluster", "hierarchy": "tree", "seeds": ["exam_vec"],
+                              "min_hits": 0, "per_cluster": 100, "max_rows": 300, "level": 1, "target": 200},
             "balanced": {"stage": "sample", "hierarchy": "tree", "target": 900},
+            "mixed": {"stage": "mix", "pool": "both", "components": ["balanced", "both"],
+                      "homogeneous": {"balanced": 0.1}, "heterogeneous": {"balanced": 0.7, "both": 0.3}},
             "shards": {"stage": "shards", "pool": "web", "shard_rows": 64, "mix_rows": PART_ROWS},
+            "mixed_shards": {"stage": "shards", "pool": "both", "selection": "mixed", "shard_rows": 64,
+                             "mix_rows": PART_ROWS},
             "first": {"stage": "train", "shards": "shards", **TRAIN},
             "score": {"stage": "evaluate", "backbone": "pixels", "bank": "web", "queries": "exam"},
             "page": {"stage": "report"},
@@ -63,6 +81,10 @@ def recipe(folder: Path) -> dict[str, Any]:
 def peak_of(tree: dict[str, Any], root: str, step: str, told: Any) -> None:
     """In a fresh process: run one step, tell the peak of the resident memory and what it was before, in MB."""
     kmeans.MIN_SEED_ROWS = 512  # k-means seeds on a sample of bounded size: here both pools are above it
+    hops.FRONTIER_ROWS, decontaminate.FOLD_PAIRS = 64, 1024  # a hop is searched and joined in pieces of bounded size
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what is freed, by chance more or less of it,
+    pa.set_cpu_count(1)  # and so does the heap of each of its threads
+    pa.set_io_thread_count(1)
     parsed = parse_recipe(tree, STAGES)
     executor = LocalExecutor(Resources(loader_workers=0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -94,10 +116,10 @@ def peaks(tmp_path_factory) -> dict[int, dict[str, float]]:
     return found
 
 
-STEPS = {**STEP_OF_STAGE, "embed": "web_vec"}
+STEPS = {**STEP_OF_STAGE, "embed": "web_vec", "union": "both", **{step: step for step in EXTRA_STEPS}}
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES))
+@pytest.mark.parametrize("stage", [*sorted(STAGES), *EXTRA_STEPS])
 def test_memory_does_not_grow_with_the_parts(peaks, stage):
     few, many = peaks[FEW][STEPS[stage]], peaks[MANY][STEPS[stage]]
     assert many < few + SLACK_MB, f"{stage}: {few:.1f} MB at {FEW} parts, {many:.1f} MB at {MANY}"

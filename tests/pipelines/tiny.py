@@ -59,8 +59,8 @@ def answer(process: Any, connection: Any) -> Any:
 
 TRAIN = {
     "width": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "local_size": 16, "n_local": 2,
-    "init_gain": 1.0, "n_prototypes": 64, "head_hidden": 32, "head_bottleneck": 16, "n_steps": 6, "warmup_steps": 1,
-    "batch": 16,
+    "init_gain": 1.0, "n_prototypes": 64, "head_hidden": 32, "head_bottleneck": 16, "ibot_prototypes": 32,
+    "ibot_hidden": 32, "ibot_bottleneck": 16, "n_steps": 6, "warmup_steps": 1, "batch": 16,
 }  # fmt: skip
 
 
@@ -76,9 +76,11 @@ def recipe(folder: Path, part_rows: int = 16) -> dict[str, Any]:
                 "max_bad_fraction": 0.1,
             },
             "exam": {"stage": "pool", "source": str(folder / "exam"), "part_rows": part_rows},
+            "both": {"stage": "union", "members": ["web", "exam"]},
             "usable": {"stage": "select", "pool": "web", "where": "width >= 24"},
             "web_copy": {**pixels, "pool": "web", "selection": "usable"},
             "exam_copy": {**pixels, "pool": "exam"},
+            "both_copy": {"stage": "union", "members": ["web_copy", "exam_copy"], "pool": "both"},
             "near": {"stage": "neighbors", "embeddings": "web_copy", "n_neighbors": 8, "min_similarity": 0.99},
             "unique": {"stage": "dedup", "neighbors": "near"},
             "clean": {
@@ -90,9 +92,32 @@ def recipe(folder: Path, part_rows: int = 16) -> dict[str, Any]:
             "web_vec": {"stage": "embed", "pool": "web", "selection": "clean", "backbone": "first"},
             "tree": {"stage": "cluster", "embeddings": "web_vec", "n_clusters": [20, 5], "n_resamples": 2,
                      "resample_size": [3, 2]},
+            "near_seeds": {
+                "stage": "retrieve", "mode": "sample", "embeddings": "web_copy", "selection": "unique",
+                "seeds": ["exam_copy", "both_copy"], "n_neighbors": 3, "max_rows": 70, "target": 60,
+            },
+            "exam_vec": {"stage": "embed", "pool": "exam", "backbone": "first"},
+            "near_clusters": {
+                "stage": "retrieve", "mode": "cluster", "hierarchy": "tree", "seeds": ["exam_vec"], "min_hits": 0,
+                "per_cluster": 3, "max_rows": 30, "level": 1, "target": 12,
+            },
             "balanced": {"stage": "sample", "hierarchy": "tree", "target": 60},
             "shards": {"stage": "shards", "pool": "web", "selection": "balanced", "shard_rows": 8, "mix_rows": 20},
+            "more": {"stage": "union", "members": ["both", "exam"]},
+            "mixed": {"stage": "mix", "pool": "more", "components": ["balanced", "exam", "more"],
+                      "homogeneous": {"exam": 0.1}, "heterogeneous": {"balanced": 0.7, "more": 0.3}},
+            "mixed_shards": {"stage": "shards", "pool": "more", "selection": "mixed", "shard_rows": 16,
+                             "mix_rows": 40},
             "score": {"stage": "evaluate", "backbone": "first", "bank": "exam", "queries": "exam", "n_neighbors": 5},
+            "alike": {"stage": "neighbors", "embeddings": "web_copy", "n_neighbors": 200, "min_similarity": 0.9},
+            "clean_components": {
+                "stage": "decontaminate", "embeddings": "web_copy", "reference": "exam_copy", "neighbors": "alike",
+                "mode": "component", "min_similarity": 0.95,
+            },
+            "clean_searched": {
+                "stage": "decontaminate", "embeddings": "web_copy", "reference": "exam_copy", "mode": "component",
+                "min_similarity": 0.95,
+            },
             "page": {"stage": "report", "labels": str(folder / "labels.parquet")},
         },
     }  # fmt: skip
@@ -100,7 +125,10 @@ def recipe(folder: Path, part_rows: int = 16) -> dict[str, Any]:
 
 # One step of each stage: the contract is shown on these.
 STEP_OF_STAGE = {
-    "pool": "web", "select": "usable", "embed": "web_vec", "neighbors": "near", "dedup": "unique",
-    "decontaminate": "clean", "cluster": "tree", "sample": "balanced", "shards": "shards", "train": "first",
-    "evaluate": "score", "report": "page",
+    "pool": "web", "union": "both_copy", "select": "usable", "embed": "web_vec", "neighbors": "near", "dedup": "unique",
+    "decontaminate": "clean", "retrieve": "near_seeds", "cluster": "tree", "sample": "balanced", "mix": "mixed",
+    "shards": "shards", "train": "first", "evaluate": "score", "report": "page",
 }  # fmt: skip
+
+# Steps that show the contract on what a stage does in another mode.
+EXTRA_STEPS = ("clean_components", "clean_searched", "mixed_shards", "near_clusters")

@@ -1,0 +1,412 @@
+"""Every stage as a command on explicit inputs: ``openlvd neighbors --embeddings PATH --min-similarity 0.9 --out URI``.
+
+The options are made from the stage and its config: an input is the path of an artifact, a setting is a field of the
+config, and what the help says of it is the comment beside that field.
+"""
+
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import re
+import sys
+import textwrap
+import tokenize
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import typer
+import typer.core
+import yaml
+
+from curation.artifact import Artifact
+from curation.store import Location
+from pipelines.engine import RUN_FILE, StepResult, read_root, run_alone
+from pipelines.errors import UserError
+from pipelines.executor import Resources
+from pipelines.launch import open_executor
+from pipelines.progress import StepProgress
+from pipelines.recipe import Step, or_list, parse_step, structure
+from pipelines.stage import Stage
+from pipelines.stages.table import STAGES
+
+LINE_LENGTH = 120  # of the source: a comment whose next word would not have fitted goes on in the line below
+PATH_HINT = "a path is a folder or s3:// prefix with a manifest.json, or ROOT/STEP of a run"
+EPILOG = (
+    "PATH is an artifact: a folder or s3:// prefix with a manifest.json, or ROOT/STEP of a run. A finished --out is "
+    "left as it is, an interrupted one goes on."
+)
+
+Show = Callable[[StepResult, bool], None]  # prints a result, as JSON or for people
+
+
+class FieldDoc(NamedTuple):
+    """What the source says of a field of a config."""
+
+    text: str  # the comment beside it; "" without one
+    section: str  # the comment above the fields it stands among; "" without one
+
+
+class Option(NamedTuple):
+    """One option of a command."""
+
+    name: str  # of the parameter
+    flags: str
+    annotation: Any
+    metavar: str | None  # None: a flag
+    help: str
+    panel: str
+
+
+class PanelCommand(typer.core.TyperCommand):
+    """A command whose help has its options by panel."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, a section a panel, in the order in which they were made."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                panels.setdefault(getattr(param, "rich_help_panel", None) or "Run", []).append(record)
+        for panel, records in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(records)
+
+
+class PanelGroup(typer.core.TyperGroup):
+    """Commands by panel."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands, a section a panel, in the order in which they were made."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None and not command.hidden:
+                panel = getattr(command, "rich_help_panel", None) or "Commands"
+                panels.setdefault(str(panel), []).append((name, command.get_short_help_str(limit=formatter.width)))
+        for panel, records in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(records)
+
+
+def add_stage_commands(app: typer.Typer, show: Show) -> None:
+    """Give ``app`` a command for every stage that reads what it is told; ``show`` prints the result."""
+    for name, stage in STAGES.items():
+        if not stage.reads_all:
+            register = app.command(
+                name, cls=PanelCommand, help=what_it_does(stage), epilog=EPILOG, rich_help_panel="A stage on its own"
+            )
+            register(make_command(name, stage, show))
+
+
+def what_it_does(stage: Stage) -> str:
+    """The first sentence of the module of a stage, without the name of the stage."""
+    first = (sys.modules[stage.run.__module__].__doc__ or "").split("\n\n")[0]
+    said = " ".join(first.split()).partition(": ")[2].replace("``", "")
+    return said if said[1:2] == "-" else said[:1].upper() + said[1:]  # k-NN stays as it is
+
+
+def make_command(name: str, stage: Stage, show: Show) -> Callable[..., None]:
+    """The function behind a command; its signature says the options."""
+
+    def command(**given: Any) -> None:
+        show(run_command(name, stage, given), given["as_json"])
+
+    parameters = [
+        inspect.Parameter(
+            option.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if option.annotation is bool else None,
+            annotation=Annotated[
+                option.annotation,
+                typer.Option(
+                    option.flags,
+                    metavar=option.metavar,
+                    help=option.help,
+                    rich_help_panel=option.panel,
+                    show_default=False,
+                ),
+            ],
+        )
+        for option in [*input_options(stage), *setting_options(stage), *run_options()]
+    ]
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {}
+    return command
+
+
+def flag(name: str) -> str:
+    """``--min-similarity`` for ``min_similarity``."""
+    return "--" + name.replace("_", "-")
+
+
+def input_options(stage: Stage) -> Iterator[Option]:
+    """An option for every artifact that a stage reads."""
+    docs = field_docs(stage.config)
+    for key, kinds in stage.reads.items():
+        yield Option(key, flag(key), str | None, "PATH", f"{an_artifact(kinds)}  [required]", "Inputs")
+    for key, kinds in stage.lists.items():
+        help = f"{an_artifact(kinds)}, the option once for each, in order; {docs[key].text}  [required]"
+        yield Option(key, flag(key), list[str] | None, "[NAME=]PATH", help, "Inputs")
+    for key, kinds in stage.step_or_value.items():
+        required = "  [required]" if is_required(stage.config, key) else ""
+        help = f"{an_artifact(kinds)}; or {docs[key].text}{required}"
+        yield Option(key, flag(key), str | None, "PATH|VALUE", help, "Inputs")
+    for key, kinds in stage.optional.items():
+        yield Option(key, flag(key), str | None, "PATH", f"{an_artifact(kinds)}; may be left out", "Inputs")
+
+
+def setting_options(stage: Stage) -> Iterator[Option]:
+    """An option for every field of the config that is no input."""
+    for field in settings_of(stage):
+        yield field_option(stage.config, field, field.name, "Settings")
+
+
+def run_options() -> Iterator[Option]:
+    """Where the artifact goes, and how the work is done."""
+    where = "where the artifact goes: a folder or s3://bucket/prefix  [required]"
+    yield Option("out", "--out", str | None, "URI", where, "Run")
+    yield Option("executor", "--executor", str | None, "NAME", "serial (this process) or ray  [default: serial]", "Run")
+    yield Option("address", "--address", str | None, "HOST:PORT", "a Ray cluster; without it Ray runs on this machine",
+                 "Run")  # fmt: skip
+    yield Option("as_json", "--json", bool, None, "the result as one JSON object on stdout", "Run")
+    for field in dataclasses.fields(Resources):
+        yield field_option(Resources, field, f"resources_{field.name}", "Run")
+
+
+def field_option(config: type, field: dataclasses.Field[Any], name: str, panel: str) -> Option:
+    """The option of a field of a config."""
+    doc, kind = field_docs(config)[field.name], get_type_hints(config)[field.name]
+    default = "required" if is_required(config, field.name) else f"default: {default_text(field)}"
+    flags = flag(name)
+    if kind is bool:
+        flags = f"{flags}/--no-{flags[2:]}"
+    panel = f"{panel}, {doc.section}" if doc.section else panel
+    text = re.sub(r"\bNone\b", "null", "; ".join(filter(None, [doc.text, keys_of(kind)])))
+    return Option(name, flags, bool | None if kind is bool else str | None,
+                  None if kind is bool else kind_text(kind), f"{text}  [{default}]", panel)  # fmt: skip
+
+
+def an_artifact(kinds: Sequence[str]) -> str:
+    """``an embed artifact``."""
+    article = "an" if kinds[0][0] in "aeiou" else "a"
+    return f"{article} {or_list(kinds)} artifact"
+
+
+def settings_of(stage: Stage) -> list[dataclasses.Field[Any]]:
+    """The fields of a config that are no inputs."""
+    return [
+        field for field in dataclasses.fields(stage.config) if field.name not in {**stage.lists, **stage.step_or_value}
+    ]
+
+
+def is_required(config: type, name: str) -> bool:
+    """Whether a field has no default."""
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """A default as one would write it on the command line."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if dataclasses.is_dataclass(value):
+        return "each key its own"
+    return value if isinstance(value, str) else json.dumps(value, default=dict)
+
+
+def kind_text(kind: Any) -> str:
+    """What a value looks like: ``INT``, ``[NUMBER, NUMBER]``, ``{KEY: VALUE}``."""
+    words = {int: "INT", float: "NUMBER", str: "TEXT", bool: "BOOL", type(None): "null"}
+    inner = get_args(kind)
+    if get_origin(kind) in (types.UnionType, Union):
+        return "|".join(kind_text(one) for one in inner)
+    if get_origin(kind) is tuple:
+        return "[" + ", ".join("..." if one is Ellipsis else kind_text(one) for one in inner) + "]"
+    if dataclasses.is_dataclass(kind) or inner:
+        return "{KEY: " + (kind_text(inner[-1]) if inner else "VALUE") + "}"
+    return words[kind]
+
+
+def keys_of(kind: Any) -> str:
+    """The keys of a config within a config, with their meaning."""
+    if not dataclasses.is_dataclass(kind):
+        return ""
+    docs = field_docs(kind)  # type: ignore[arg-type]
+    keys = (f"{field.name} ({docs[field.name].text})" for field in dataclasses.fields(kind))
+    return "keys: " + ", ".join(keys)
+
+
+@cache
+def field_docs(config: type) -> dict[str, FieldDoc]:
+    """The comments beside the fields of a dataclass, and those that stand above a group of them.
+
+    A comment goes on in the line below when that line's first word would not have fitted into its own.
+    """
+    lines = textwrap.dedent(inspect.getsource(config)).splitlines(keepends=True)
+    tokens = tokenize.generate_tokens(io.StringIO("".join(lines)).readline)
+    comments = {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
+    body = ast.parse("".join(lines)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    ends = {node.end_lineno: node.target.id for node in body.body
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}  # fmt: skip
+    docs: dict[str, FieldDoc] = {}
+    last = section = ""  # the field whose comment may go on, the heading above
+    for number, line in enumerate(lines, 1):
+        if (name := ends.get(number)) is not None:
+            docs[name] = FieldDoc(comments.get(number, ""), section)
+            last = name
+        elif line.lstrip().startswith("#"):
+            first_word = comments[number].split(" ", 1)[0]
+            if last and len(lines[number - 2].rstrip()) + 1 + len(first_word) > LINE_LENGTH:
+                docs[last] = docs[last]._replace(text=f"{docs[last].text} {comments[number]}")
+            else:
+                last, section = "", comments[number].partition(":")[0]
+        else:
+            last = ""
+    return docs
+
+
+def run_command(name: str, stage: Stage, given: Mapping[str, Any]) -> StepResult:
+    """Run a stage as the options say, with progress on stderr. Raises UserError or TaskError."""
+    if given["out"] is None:
+        raise UserError("--out must be given: got none", "the artifact is made there: a folder or s3://bucket/prefix")
+    step, inputs = read_step(name, stage, given)
+    speed = {field.name: given[f"resources_{field.name}"] for field in dataclasses.fields(Resources)}
+    resources = read_config(Resources, speed, "resources", lambda key: flag(f"resources_{key}"))
+    place = place_of(given["out"])
+    with (
+        open_executor(
+            given["executor"] or "serial", given["address"], structure(Resources, resources, "resources")
+        ) as ex,
+        StepProgress(quiet=given["as_json"]) as progress,
+    ):
+        return run_alone(step, inputs, place, ex, progress.start, progress.say)
+
+
+def read_step(name: str, stage: Stage, given: Mapping[str, Any]) -> tuple[Step, dict[str, Artifact]]:
+    """The step that the options say, as a recipe would have it, and its inputs by their URI. Raises UserError."""
+    inputs = read_inputs(stage, given)
+    names = {key: key.partition(".")[2] or flag(key) for key in inputs}  # no step has the name of a flag
+    earlier = [Step(names[key], found.stage, None, {}, found.kind) for key, found in inputs.items()]
+    settings = {field.name: given[field.name] for field in settings_of(stage)}
+    values = {key: given[key] for key in stage.step_or_value if given[key] is not None}
+    needed = [field.name for field in dataclasses.fields(stage.config) if is_required(stage.config, field.name)]
+    missing = [key for key in needed if given[key] in (None, [])]
+    if missing:
+        raise UserError(
+            f"{flag(missing[0])} must be given: got none", f"it is {field_docs(stage.config)[missing[0]].text}"
+        )
+    entry = {
+        "stage": name,
+        **read_config(stage.config, settings, name, flag),
+        **values,
+        **{key: names[key] for key in inputs if "." not in key},
+        **{key: [names[found] for found in inputs if found.startswith(f"{key}.")] for key in stage.lists},
+    }
+    try:
+        step = parse_step(name, entry, earlier, STAGES, seed=0)
+    except UserError as e:
+        raise UserError(e.message, e.hint if e.hint.startswith("did you mean") else see_help(name)) from e
+    uris = {key: found.location.uri for key, found in inputs.items()}
+    return dataclasses.replace(step, inputs=uris), {found.location.uri: found for found in inputs.values()}
+
+
+def see_help(name: str) -> str:
+    """The hint for an option with a wrong value."""
+    return f"openlvd {name} --help says what every option takes"
+
+
+def read_config(config: type, texts: Mapping[str, Any], owner: str, flag_of: Callable[[str], str]) -> dict[str, Any]:
+    """The values of the settings that are given."""
+    kinds = get_type_hints(config)
+    return {key: read_value(text, kinds[key], flag_of(key), owner) for key, text in texts.items() if text is not None}
+
+
+def read_value(text: Any, kind: Any, option: str, owner: str) -> Any:
+    """A value from the command line: text as it is where text is meant, otherwise JSON or YAML. Raises UserError."""
+    plain = set(get_args(kind) or [kind]) - {type(None)} == {str} and get_origin(kind) is not tuple
+    if not isinstance(text, str) or (plain and not (text == "null" and kind is not str)):
+        return text
+    try:
+        return json.loads(text)  # first, because 1e-3 is a number there, and text in YAML
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise UserError(f"{option} must be YAML: got {text!r}", see_help(owner)) from e
+
+
+def read_inputs(stage: Stage, given: Mapping[str, Any]) -> dict[str, Artifact]:
+    """The artifacts that a stage is to read, those of a list as ``list.name``. Raises UserError."""
+    found: dict[str, Artifact] = {}
+    for key, kinds in {**stage.reads, **stage.optional}.items():
+        if given[key] is not None:
+            found[key] = find_artifact(flag(key), given[key], kinds)
+        elif key in stage.reads:
+            raise UserError(f"{flag(key)} must be given: got none", f"it is {an_artifact(kinds)}; {PATH_HINT}")
+    for key, kinds in stage.step_or_value.items():
+        if given[key] not in (None, "pixels") and artifact_at(given[key]) is not None:
+            found[key] = find_artifact(flag(key), given[key], kinds)
+    for key, kinds in stage.lists.items():
+        for text in given[key] or []:
+            name, path = split_name(text)
+            artifact = find_artifact(flag(key), path, kinds)
+            name = name or name_of(artifact)
+            if not is_name(name) or f"{key}.{name}" in found:
+                rule = "have one name each" if is_name(name) else "have names of letters, digits, - and _"
+                raise UserError(f"{flag(key)} must {rule}: got {name!r} for {path}", f"write {flag(key)} NAME=PATH")
+            found[f"{key}.{name}"] = artifact
+    return found
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """(name, path) of ``NAME=PATH``; no name when there is only a path."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and is_name(name) else ("", text)
+
+
+def is_name(text: str) -> bool:
+    """Whether a step could be called so."""
+    return text.replace("_", "").replace("-", "").isalnum()
+
+
+def name_of(artifact: Artifact) -> str:
+    """The step that left an artifact; the name of its folder when it stands alone."""
+    location = artifact.location
+    return location.parent.name if location.name == artifact.manifest["fingerprint"] else location.name
+
+
+def find_artifact(option: str, text: str, kinds: Sequence[str]) -> Artifact:
+    """The finished artifact at a path, of a fitting kind. Raises UserError."""
+    artifact = artifact_at(text)
+    if artifact is None:
+        at = place_of(text)
+        root = (at / RUN_FILE).exists()
+        hint = f"{text} is a root: name one of its steps, {', '.join(read_root(at))}" if root else PATH_HINT
+        raise UserError(f"{option} must be a finished artifact: got {text}", hint)
+    if artifact.kind not in kinds:
+        got = an_artifact([artifact.kind]).removesuffix(" artifact")
+        raise UserError(f"{option} must be {an_artifact(kinds)}: got {got}, {artifact.location}", PATH_HINT)
+    return artifact
+
+
+def artifact_at(text: str) -> Artifact | None:
+    """The finished artifact at a path, or of ROOT/STEP; None when there is none."""
+    at = place_of(text)
+    if Artifact(at).is_complete():
+        return Artifact(at)
+    if not (at.parent / RUN_FILE).exists():
+        return None
+    found = read_root(at.parent).get(at.name)
+    return found if found is not None and found.is_complete() else None
+
+
+def place_of(text: str) -> Location:
+    """A location from the command line, with one name: absolute, without links, ``..`` or a slash at its end."""
+    given = Location(text)
+    return Location(str(Path(text).expanduser().resolve())) if given.is_local else Location(text.rstrip("/"))

@@ -1,0 +1,243 @@
+"""From a folder of images to a folder without copies, or to balanced shards, in one command each.
+
+Both write a recipe, run it, and say in a few lines what came of it. What the run needs and leaves is below
+``.openlvd`` in the place of the result: artifacts, ``report.html``, and ``recipe.yaml``, which ``openlvd run`` takes
+as it is.
+"""
+
+import json
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from curation.artifact import Artifact
+from curation.hierarchy import ClusterConfig
+from curation.sampling import SampleConfig
+from curation.sources import split_pattern
+from curation.store import Location
+from embedding.decode import MAX_PIXELS
+from pipelines.commands import place_of
+from pipelines.errors import UserError
+from pipelines.executor import LocalExecutor, Resources
+from pipelines.kept import DROPPED, RECORDS, Folder, write_kept
+from pipelines.launch import open_executor, run_shown
+from pipelines.lock import lock_root
+from pipelines.progress import StepProgress
+from pipelines.ray_executor import RayExecutor
+from pipelines.recipe import parse_recipe, parse_yaml, structure
+from pipelines.stages.report import PAGE
+from pipelines.stages.table import STAGES
+
+PIXELS_COPY = (
+    0.99  # of `pixels`: finds the re-encoded, rescaled and brightened copies that the demo plants, and no more
+)
+PART_ROWS = 2048  # images of a piece of work: a folder is some thousand images, and every core is to have some
+MOST = 0.5  # share of bad images at which a folder is taken for something else
+ROOT, RECIPE, REPORT = ".openlvd", "recipe.yaml", "report.html"
+NO_CONCEPTS = (
+    "note: pixels know colour and layout, not content: these clusters are of images that look alike from far away. "
+    "A backbone by name, such as --backbone facebook/dinov2-small, makes clusters of concepts."
+)
+Tree = dict[str, Any]  # a recipe as plain values
+Summary = dict[str, int | str]
+
+
+def dedup_folder(
+    photos: str,
+    kept: str,
+    min_similarity: float | None,
+    backbone: str,
+    max_drop_fraction: float,
+    executor: str,
+    as_json: bool,
+) -> None:
+    """Copy the images of ``photos`` to ``kept``, one of every group of copies. Raises UserError or TaskError."""
+    source, out = place_of(photos), place_of(kept)
+    if not out.is_local:
+        raise UserError(
+            f"KEPT must be a local folder: got {out}", "images on S3 are best kept in shards: balance-folder"
+        )
+    similarity = threshold(backbone, min_similarity)
+    root = open_place("dedup-folder", source, out, "KEPT")
+    tree = copies_recipe(source, backbone, similarity, max_drop_fraction)
+    tree["steps"]["page"] = {"stage": "report"}
+    with open_executor(executor, None, Resources()) as engine, StepProgress(as_json) as progress:
+        steps = run_tree("dedup-folder", tree, root, engine, progress, {})
+        with lock_root(root / RECORDS, progress.say):
+            engine.progress = progress.start("files", "copy")
+            folder = Folder(steps["images"], steps["vectors"], steps["unique"], out.path, root)
+            files = write_kept(folder, engine)
+        progress.stop()
+    summary = found_counts(steps) | {
+        f"files {name}": n for name, n in files.items() if n or name in ("copied", "there")
+    }
+    show(summary, {"images": str(out), "dropped": str(root / DROPPED)}, publish_page(steps, root), as_json)
+
+
+def balance_folder(
+    photos: str,
+    shards: str,
+    target: int,
+    min_similarity: float | None,
+    backbone: str,
+    n_clusters: list[int] | None,
+    max_drop_fraction: float,
+    executor: str,
+    as_json: bool,
+) -> None:
+    """Make shards of at most ``target`` images of ``photos``, balanced over clusters. Raises UserError or TaskError."""
+    source, out = place_of(photos), place_of(shards)
+    similarity = threshold(backbone, min_similarity)
+    structure(SampleConfig, {"target": target}, "balanced")  # told before the work, not after it
+    if n_clusters is not None:
+        structure(ClusterConfig, {"n_clusters": n_clusters}, "concepts")
+    root = open_place("balance-folder", source, out, "--out")
+    if backbone == "pixels":
+        print(NO_CONCEPTS, file=sys.stderr)
+    tree = copies_recipe(source, backbone, similarity, max_drop_fraction)
+    with open_executor(executor, None, Resources()) as engine, StepProgress(as_json) as progress:
+        steps = run_tree("balance-folder", tree, root, engine, progress, {})  # says how many images there are
+        clusters = n_clusters or default_clusters(steps["unique"].counts["kept"])
+        tree["steps"] |= {
+            "distinct": {**tree["steps"]["vectors"], "selection": "unique"},
+            "concepts": {"stage": "cluster", "embeddings": "distinct", "n_clusters": clusters},
+            "balanced": {"stage": "sample", "hierarchy": "concepts", "target": target},
+            "shards": {"stage": "shards", "pool": "images", "selection": "balanced"},
+            "page": {"stage": "report"},
+        }
+        steps = run_tree("balance-folder", tree, root, engine, progress, {"shards": out}, told=steps)
+    made = steps["shards"].counts
+    summary: Summary = found_counts(steps) | {
+        "clusters": " > ".join(f"{n:,}" for n in reversed(steps["concepts"].facts["n_clusters"])),
+        "drawn": made["kept"],
+        "shards": made["shards"],
+    }
+    show(summary, {"shards": str(out)}, publish_page(steps, root), as_json)
+
+
+def threshold(backbone: str, given: float | None) -> float:
+    """The similarity from which on two images are copies. Raises UserError when only the user can know."""
+    if given is None and backbone != "pixels":
+        raise UserError(
+            f"--min-similarity must be given with --backbone {backbone}: got none",
+            "a threshold belongs to a descriptor: 0.6 is published for the copy detector SSCD; a semantic encoder at "
+            "0.6 finds the same class, not the same image",
+        )
+    return PIXELS_COPY if given is None else given
+
+
+def default_clusters(n_images: int) -> list[int]:
+    """A cluster for every 10 images and above them one for every 100, at least 2 and at most one an image."""
+    fine, coarse = (min(max(n_images // size, 2), n_images) for size in (10, 100))
+    return [fine, coarse] if coarse < fine else [fine]
+
+
+def copies_recipe(source: Location, backbone: str, min_similarity: float, max_drop_fraction: float) -> Tree:
+    """The steps from a folder to one image of every group of copies; nothing that decodes is refused for its size."""
+    folder = Path(backbone).expanduser()
+    spec = str(folder.resolve()) if backbone != "pixels" and folder.exists() else backbone
+    limits = {"max_pixels": 2 * MAX_PIXELS, "max_bad_fraction": MOST}
+    return {
+        "seed": 0,
+        "steps": {
+            "images": {"stage": "pool", "source": source.uri, "min_side": 1, "max_aspect_ratio": 1e9, **limits,
+                       "part_rows": PART_ROWS},
+            "vectors": {"stage": "embed", "pool": "images", "backbone": spec, **limits},
+            "near": {"stage": "neighbors", "embeddings": "vectors", "min_similarity": min_similarity},
+            "unique": {"stage": "dedup", "neighbors": "near", "max_drop_fraction": max_drop_fraction},
+        },
+    }  # fmt: skip
+
+
+def open_place(command: str, source: Location, out: Location, name: str) -> Location:
+    """The root of the run, when ``out`` is apart from the source and new, or of the same command. Raises UserError."""
+    folder, pattern = split_pattern(source)
+    if folder == source or pattern:
+        a, b = f"{folder.uri.rstrip('/')}/", f"{out.uri.rstrip('/')}/"
+        if a.startswith(b) or b.startswith(a):
+            raise UserError(
+                f"{name} and PHOTOS must not be in one another: got {out} and {folder}", f"choose another {name}"
+            )
+    if out.is_local and out.exists() and not out.is_folder():
+        raise UserError(f"{name} must be a folder: got {out}, a file", f"choose another {name}")
+    root = out / ROOT
+    if (root / RECIPE).exists():
+        text = (root / RECIPE).read().decode()
+        made_by, before = text.splitlines()[0], parse_yaml(text, RECIPE)["steps"]["images"]["source"]
+        if made_by != first_line(command) or before != source.uri:
+            raise UserError(
+                f"{name} must be empty or made by openlvd {command} from {source}: got {out}, "
+                f"{made_by.strip('# ')} from {before}",
+                f"choose another {name}",
+            )
+    elif out.is_folder():
+        others = [entry.name for entry in out.list() if not entry.name.startswith(".")]
+        if others:
+            raise UserError(
+                f"{name} must be empty or made by openlvd {command}: got {out} with {len(others)} files, "
+                f"first {others[0]}",
+                f"choose another {name}",
+            )
+    return root
+
+
+def first_line(command: str) -> str:
+    """What a recipe begins with."""
+    return f"# made by openlvd {command}"
+
+
+def run_tree(
+    command: str,
+    tree: Tree,
+    root: Location,
+    engine: LocalExecutor | RayExecutor,
+    progress: StepProgress,
+    places: Mapping[str, Location],
+    told: Collection[str] = (),
+) -> dict[str, Artifact]:
+    """Run a recipe given as plain values; it is checked, then written to the root, then run."""
+    recipe = parse_recipe(tree, STAGES)
+    text = yaml.safe_dump({"root": root.uri, **tree}, sort_keys=False, allow_unicode=True)
+    hint = f"# openlvd run does the same; to change it, copy it: the next {command} writes it anew\n"
+    with lock_root(root, progress.say):
+        (root / RECIPE).write(f"{first_line(command)}\n{hint}\n{text}".encode())
+    results = run_shown(recipe, root, engine, progress, places=places, told=told)
+    return {result.name: Artifact(result.location) for result in results if result.location is not None}
+
+
+def found_counts(steps: Mapping[str, Artifact]) -> Summary:
+    """What was found in the source, and what became of it: all but ``ignored files`` add up to ``images found``."""
+    pool, vectors, unique = (steps[name].counts for name in ("images", "vectors", "unique"))
+    exact = pool.get("exact_duplicate", 0)
+    counts: Summary = {
+        "images found": pool["rows"],
+        "bad": pool["bad"] + vectors["bad"],
+        "exact copies": exact,
+        "near copies": unique["dropped"],
+        "kept": unique["kept"],
+    }
+    other = pool["dropped"] - exact
+    also = {"refused": other, "ignored files": pool["ignored_files"]}
+    return counts | {name: n for name, n in also.items() if n}
+
+
+def publish_page(steps: Mapping[str, Artifact], root: Location) -> Location:
+    """Put the page of the run where one finds it."""
+    page = root / REPORT
+    page.write((steps["page"].location / PAGE).read())
+    return page
+
+
+def show(summary: Summary, places: Mapping[str, str], page: Location, as_json: bool) -> None:
+    """Print the summary, and where everything is; the report's place is the last line."""
+    if as_json:
+        print(json.dumps({**{name.replace(" ", "_"): n for name, n in summary.items()}, **places, "report": str(page)}))
+        return
+    for name, n in summary.items():
+        print(f"{name:<14} {n if isinstance(n, str) else format(n, ',')}")
+    print()
+    for name, place in {**places, "recipe": str(page.parent / RECIPE), "report": str(page)}.items():
+        print(f"{name:<14} {place}")
