@@ -51,8 +51,9 @@ def load_backbone(spec: str, *, pooling: str = "cls", device: str = "cpu") -> Ba
     """The backbone that ``spec`` names.
 
     spec: "pixels"; a folder written by ``save_vit``; a folder written by transformers with its
-    preprocessor_config.json (of CLIP and its kin the projected image embedding); a TorchScript file (``.pt``, see ``script_preprocess``) that gives vectors (n, width); or
-    a name on the Hugging Face hub, downloaded once. A folder wins over a name.
+    preprocessor_config.json (of CLIP and its kin the projected image embedding); a TorchScript file (``.pt``, see
+    ``script_preprocess``) that gives vectors (n, width); or a name on the Hugging Face hub, downloaded once. A folder
+    wins over a name.
     pooling: "cls", the CLS token after the final norm, or "mean", the mean of the patch tokens. Raises ValueError
     for a spec that is none of these, ImportError when transformers is needed and missing.
     """

@@ -70,7 +70,8 @@ def test_rows_stand_one_member_after_the_other(steps):
 
 def web_and_exam(steps: dict[str, Artifact]) -> list[str]:
     pools = [steps["web"], steps["exam"]]
-    return [key for pool in pools for i in range(len(pool.parts)) for key in read_table(pool.part(i))["key"].to_pylist()]
+    tables = [read_table(pool.part(i), ["key"]) for pool in pools for i in range(len(pool.parts))]
+    return [key for table in tables for key in table["key"].to_pylist()]
 
 
 def test_the_union_of_embeddings_is_the_embeddings_of_the_union(steps):
@@ -151,7 +152,8 @@ def test_what_does_not_belong_together_is_refused(images, tmp_path, name, step, 
     tree = steps_of(images)
     if name == "other":
         tree["exam_shards"] = {"stage": "shards", "pool": "exam"}
-        tree["model"] = {"stage": "train", "shards": "exam_shards", "width": 32, "depth": 1, "heads": 2, "patch_size": 8,
+        tree["model"] = {"stage": "train", "shards": "exam_shards", "width": 32, "depth": 1, "heads": 2,
+                         "patch_size": 8,
                          "image_size": 32, "local_size": 16, "n_steps": 0, "warmup_steps": 0}  # fmt: skip
         tree["mean_vec"] = {"stage": "embed", "pool": "exam", "backbone": "model"}
     tree[name] = {"stage": "union", **step}
