@@ -3,18 +3,24 @@
 import re
 from pathlib import Path
 
-from pipelines.recipe import parse_recipe, parse_yaml
+from pipelines.recipe import SHIPPED, parse_recipe, parse_yaml
 from pipelines.stages.table import STAGES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_recipe_is_a_recipe_with_the_whole_chain():
-    block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert block is not None
-    recipe = parse_recipe(parse_yaml(block[1], "README.md"), STAGES)
+def test_the_recipes_are_recipes_and_show_every_stage_but_one():
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    recipe = parse_recipe(parse_yaml("".join(blocks), "README.md"), STAGES)  # the second goes on where the first ends
     assert {step.stage for step in recipe.steps} == set(STAGES) - {"evaluate"}
+
+
+def test_every_recipe_that_is_shipped_is_listed():
+    assert set(re.findall(r"\]\(pipelines/recipes/(\w+)\.yaml\)", README)) == {
+        path.stem for path in SHIPPED.glob("*.yaml")
+    }
 
 
 def test_every_link_leads_to_a_file():
