@@ -23,6 +23,7 @@ from pipelines.executor import Resources
 from pipelines.launch import open_executor, run_steps
 from pipelines.progress import StepProgress
 from pipelines.recipe import Recipe, read_recipe
+from pipelines.stage import HEAD_COUNTS
 from pipelines.stages.table import STAGES
 
 app = typer.Typer(
@@ -92,7 +93,7 @@ def why(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """The story of an image: which step kept or dropped it, and why."""
-    from pipelines.why import print_story, tell_why
+    from pipelines.why.story import print_story, tell_why
 
     story = tell_why(Location(root), image)
     if as_json:
@@ -112,7 +113,7 @@ def report(
     address: Address = None,
 ) -> None:
     """Write a page about the last run on a root."""
-    from pipelines.report_command import write_page
+    from pipelines.report.command import write_page
 
     with open_executor(executor, address, Resources()) as engine, StepProgress() as progress:
         page = write_page(Location(root), out, title, engine, progress.start)
@@ -234,10 +235,10 @@ def results_table(results: Iterable[StepResult]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("step", "stage", "state"):
         table.add_column(name)
-    for name in ("rows", "kept", "dropped", "bad", "seconds"):
+    for name in (*HEAD_COUNTS, "seconds"):
         table.add_column(name, justify="right")
     for r in results:
-        numbers = [f"{r.counts[name]:,}" if name in r.counts else "" for name in ("rows", "kept", "dropped", "bad")]
+        numbers = [f"{r.counts[name]:,}" if name in r.counts else "" for name in HEAD_COUNTS]
         table.add_row(r.name, r.stage, r.state, *numbers, f"{r.seconds:.1f}" if r.seconds else "")
     return table
 

@@ -25,7 +25,8 @@ from pipelines.engine import StepResult, last_seconds
 from pipelines.errors import UserError
 from pipelines.launch import run_steps
 from pipelines.recipe import read_recipe
-from pipelines.report_sections import balance
+from pipelines.report.classes import balance
+from pipelines.stage import HEAD_COUNTS
 from pipelines.stages.report import PAGE
 from pipelines.stages.table import STAGES
 
@@ -105,7 +106,7 @@ def summarise(results: Iterable[StepResult], steps: Mapping[str, Artifact], pool
 
 def step_row(result: StepResult, artifact: Artifact) -> dict[str, Any]:
     """One step: its counts, and the seconds it took, in this run or when it was made."""
-    counts = {name: result.counts.get(name) for name in ("rows", "kept", "dropped", "bad")}
+    counts = {name: result.counts.get(name) for name in HEAD_COUNTS}
     seconds = round(result.seconds or last_seconds(artifact), 2)
     return {"step": result.name, "stage": result.stage, "state": result.state, **counts, "seconds": seconds}
 
@@ -220,9 +221,9 @@ def table_of(*columns: str) -> Table:
 
 def step_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Rows in, kept, dropped and bad of every step, with seconds."""
-    table = table_of("step", "rows", "kept", "dropped", "bad", "seconds")
+    table = table_of("step", *HEAD_COUNTS, "seconds")
     for row in rows:
-        cells = ["" if row[key] is None else f"{row[key]:,}" for key in ("rows", "kept", "dropped", "bad")]
+        cells = ["" if row[key] is None else f"{row[key]:,}" for key in HEAD_COUNTS]
         table.add_row(f"{row['step']} ({row['stage']})", *cells, f"{row['seconds']:.1f}")
     return table
 

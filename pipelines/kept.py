@@ -26,7 +26,8 @@ from curation.pool import source_of_part
 from curation.shards import EXTENSIONS
 from curation.sources import read_checked
 from curation.store import SIDE_PREFIX, Location, file_sha256
-from pipelines.engine import content_id
+from pipelines.fingerprint import content_id
+from pipelines.rows import by_part
 
 MAX_PIECE, MAX_NAME = 255, 1024  # bytes of a file's own name, and of its path below the folder
 NAME_COLUMNS = ["source", "member", "offset", "key", "format"]
@@ -409,13 +410,6 @@ def write_near_copies(index: int, folder: Folder, clash: np.ndarray) -> None:
     lines += [(name, "near_copy", at[stay], f"{value:.4f}", "")
               for name, stay, value in zip(names, stays.tolist(), similarity.tolist(), strict=True)]  # fmt: skip
     (folder.root / PIECES / part_name(index)).write(csv_text(lines))
-
-
-def by_part(row_ids: np.ndarray, pool: Artifact) -> Iterator[tuple[int, np.ndarray]]:
-    """The parts that hold some ascending row ids, each with where they stand in it."""
-    part = np.searchsorted(pool.starts, row_ids, side="right") - 1
-    for index in np.unique(part).tolist():
-        yield index, row_ids[part == index] - pool.starts[index]
 
 
 def names_at(row_ids: np.ndarray, folder: Folder, clash: np.ndarray) -> dict[int, str]:

@@ -10,8 +10,7 @@ from pipelines.executor import LocalExecutor, Resources
 from pipelines.progress import StepProgress
 from pipelines.ray_executor import RayExecutor
 from pipelines.recipe import Recipe
-
-HEAD_COUNTS = ("rows", "kept", "dropped", "bad")  # what every step counts, in this order
+from pipelines.stage import HEAD_COUNTS
 
 
 def run_steps(

@@ -254,14 +254,20 @@ def _get(item: Any, ref: Any) -> Any:
     import ray
 
     try:
+        return _get_or_lost(item, ref)
+    except ray.exceptions.RayError as e:
+        raise lost(item, e) from e
+
+
+def _get_or_lost(item: Any, ref: Any) -> Any:
+    """As ``_get``, but the loss of the worker is left to the caller."""
+    import ray
+
+    try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as e:
         cause = e.cause if e.cause is not None else e
-        if isinstance(cause, UserError | TaskError):
-            raise cause from e
-        raise task_error(item, cause) from e
-    except ray.exceptions.RayError as e:
-        raise lost(item, e) from e
+        raise (cause if isinstance(cause, UserError | TaskError) else task_error(item, cause)) from e
 
 
 def lost(item: Any, cause: BaseException) -> TaskError:
@@ -367,14 +373,3 @@ class _Pool:
         for actor in self.actors + self._idle:
             ray.kill(actor)
         self.busy.clear()
-
-
-def _get_or_lost(item: Any, ref: Any) -> Any:
-    """As ``_get``, but the loss of the actor is left to the caller."""
-    import ray
-
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayTaskError as e:
-        cause = e.cause if e.cause is not None else e
-        raise (cause if isinstance(cause, UserError | TaskError) else task_error(item, cause)) from e

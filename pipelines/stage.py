@@ -18,6 +18,7 @@ Item = TypeVar("Item")
 Inputs = Mapping[str, Any]
 SCRATCH = "scratch"
 SELECTIONS = ("select", "dedup", "decontaminate", "retrieve", "sample", "mix")  # their output says which rows go on
+HEAD_COUNTS = ("rows", "kept", "dropped", "bad")  # what every step counts, in the order it is shown
 FOUND = "(found)"  # among the inputs: what ``look`` made of its listing; no step can have this name
 
 
@@ -102,6 +103,23 @@ class Output:
 def listed(inputs: Inputs, name: str, names: Sequence[str]) -> list[Artifact]:
     """The artifacts of a list, in the order of the config's ``names``."""
     return [inputs[f"{name}.{step}"] for step in names]
+
+
+def make_aside(
+    work: Callable[..., None],
+    items: Sequence[Item],
+    names: Sequence[str],
+    folder: Location,
+    executor: Executor,
+    shared: Mapping[str, Any] | None = None,
+) -> None:
+    """Have every item's scratch file made, unless it is whole; what is there is not read, it may be large.
+
+    ``work(item, **shared)`` writes the file ``names[i]`` of ``folder``.
+    """
+    there = {entry.name for entry in folder.list()} if folder.is_folder() else set()
+    for _ in executor.map(work, [item for item, name in zip(items, names, strict=True) if name not in there], shared):
+        pass
 
 
 def whole_files(out: Location, names: Sequence[str]) -> list[FileInfo]:

@@ -38,7 +38,7 @@ from curation.neighbors import Neighbors
 from curation.selection import read_selection, rows_among
 from curation.shuffle import read_shuffle, write_shuffle
 from curation.store import Location
-from pipelines.stage import SCRATCH, Output
+from pipelines.stage import SCRATCH, Output, make_aside
 from pipelines.stages.neighbors import Base, nearest_in_base
 
 FRONTIER_ROWS = 65_536  # vectors of a frontier file, unless one part gives more
@@ -233,25 +233,18 @@ def raw_name(index: int) -> str:
     return f"{index:07d}"
 
 
+def raw_names(parts: Sequence[Part]) -> list[str]:
+    """The names of the scratch files of parts."""
+    return [raw_name(part.number) for part in parts]
+
+
 def turn_edges(job: Job, parts: Sequence[Part], out: Output, executor: Executor) -> None:
     """Shuffle every edge to the part of its other end: a row in the list of another is its neighbour too."""
     starts = np.array([part.start for part in parts], np.int64)
     send = partial(send_edges, job=job)
-    make_raw(send, parts, out.scratch("sent"), executor, {"starts": starts})
-    make_raw(partial(gather_edges, job=job, n_parts=len(parts)), parts, out.scratch("arrived"), executor)
-
-
-def make_raw(
-    work: Callable[..., None],
-    parts: Sequence[Part],
-    folder: Location,
-    executor: Executor,
-    shared: Mapping[str, Any] | None = None,
-) -> None:
-    """Have a file made of every part, unless it is whole; what is there is not read, it may be large."""
-    there = {entry.name for entry in folder.list()} if folder.is_folder() else set()
-    for _ in executor.map(work, [part for part in parts if raw_name(part.number) not in there], shared):
-        pass
+    make_aside(send, parts, raw_names(parts), out.scratch("sent"), executor, {"starts": starts})
+    gather = partial(gather_edges, job=job, n_parts=len(parts))
+    make_aside(gather, parts, raw_names(parts), out.scratch("arrived"), executor)
 
 
 def own_edges(part: Part, job: Job) -> np.ndarray:
@@ -318,7 +311,8 @@ def measure(
     if touched:
         n_rows = int(pool_of(job.embeddings).starts[-1])
         shared = {"frontiers": frontiers, "reference": reference}
-        make_raw(partial(join_part, job=job, n_rows=n_rows), touched, out.scratch("joined"), executor, shared)
+        join = partial(join_part, job=job, n_rows=n_rows)
+        make_aside(join, touched, raw_names(touched), out.scratch("joined"), executor, shared)
         forest = executor.reduce(partial(read_forest, job=job), touched, merge_forests)
         sizes = on_worker(executor, partial(component_sizes, n_rows=n_rows), {"forest": forest}).get()
     out.facts |= {"n_components": sizes[0], "largest_component": sizes[1]}

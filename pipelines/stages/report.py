@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from curation.artifact import Artifact, Counts, describe
 from curation.execute import Executor
 from curation.store import Entry, Location, file_sha256
-from pipelines.report import build_page
-from pipelines.report_run import ReportConfig, Run
+from pipelines.report.page import build_page
+from pipelines.report.run import ReportConfig, Run
 from pipelines.stage import FOUND, Inputs, Output, Stage
 
 PAGE = "index.html"

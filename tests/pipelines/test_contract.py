@@ -18,8 +18,9 @@ from tiny import EXTRA_STEPS, STEP_OF_STAGE, answer
 
 from curation.artifact import Artifact, FileInfo
 from curation.store import Location
-from pipelines.engine import look_outside, prepare, reached, run_recipe
+from pipelines.engine import run_recipe
 from pipelines.executor import LocalExecutor, Resources
+from pipelines.fingerprint import look_outside, prepare, reached
 from pipelines.recipe import STEP, Recipe
 from pipelines.stage import FOUND, Output
 from pipelines.stages.table import STAGES

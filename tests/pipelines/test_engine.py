@@ -36,7 +36,8 @@ def test_a_changed_threshold_redoes_that_step_and_those_below_it(tiny, tmp_path)
     root = tmp_path / "root"
     shutil.copytree(tiny.root, root)
     found = states(changed(tiny.recipe, "near", min_similarity=0.98), root)
-    below = {"near", "unique", "clean", "web_vec", "tree", "balanced", "shards", "page"}
+    below = {"near", "unique", "clean", "web_vec", "tree", "near_seeds", "near_clusters", "balanced", "shards", "mixed",
+             "mixed_shards", "page"}  # fmt: skip
     assert {name for name, state in found.items() if state == "done"} == below
 
 

@@ -14,13 +14,13 @@ from sklearn.datasets import load_digits
 from curation.artifact import pool_of, read_table
 from curation.embeddings import embedding_parts
 from curation.store import Location
-from pipelines import drawings
 from pipelines.engine import read_root, run_recipe
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
-from pipelines.report import build_page
-from pipelines.report_run import ReportConfig, Run
-from pipelines.report_sections import balance
+from pipelines.report import drawings
+from pipelines.report.classes import balance
+from pipelines.report.page import build_page
+from pipelines.report.run import ReportConfig, Run
 from pipelines.stage import SELECTIONS
 from pipelines.stages.report import STAGE
 from pipelines.stages.table import STAGES

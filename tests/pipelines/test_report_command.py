@@ -16,8 +16,8 @@ from pipelines.cli import main
 from pipelines.engine import run_recipe
 from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor
-from pipelines.report_command import write_page
-from pipelines.report_run import ReportConfig
+from pipelines.report.command import write_page
+from pipelines.report.run import ReportConfig
 from pipelines.roots import check_versions, finished_steps
 from pipelines.stages.table import STAGES
 

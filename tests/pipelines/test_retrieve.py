@@ -21,6 +21,7 @@ from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
 from pipelines.stage import Output
 from pipelines.stages import retrieve
+from pipelines.stages.retrieval import clusters, quotas, search
 from pipelines.stages.table import STAGES
 
 WIDTH = 6
@@ -260,8 +261,8 @@ def read_rows(out: Output, pool: Artifact) -> dict[int, dict[str, Any]]:
 @pytest.mark.parametrize("selected", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_the_result_is_the_one_of_the_rule(world, tmp_path, monkeypatch, case, selected):
-    monkeypatch.setattr(retrieve, "BUCKET_ROWS", 5)
-    monkeypatch.setattr(retrieve, "SEARCH_GROUPS", 3)
+    monkeypatch.setattr(quotas, "BUCKET_ROWS", 5)
+    monkeypatch.setattr(search, "SEARCH_GROUPS", 3)
     config = RetrieveConfig(seeds=("a", "b", "c"), seed=4, **case)
     out = run_stage(world, config, selected, tmp_path)
     web, pool = world.web, world.web.artifact.input("pool")
@@ -335,8 +336,8 @@ def test_the_image_based_filter_of_datacomp(world, tmp_path):
 def test_how_work_is_cut_changes_no_byte(world, tmp_path, monkeypatch, case):
     config = RetrieveConfig(seeds=("a", "b", "c"), **case)
     run_stage(world, config, True, tmp_path / "one")
-    monkeypatch.setattr(retrieve, "BUCKET_ROWS", 1)
-    monkeypatch.setattr(retrieve, "SEARCH_GROUPS", 2)
+    monkeypatch.setattr(quotas, "BUCKET_ROWS", 1)
+    monkeypatch.setattr(search, "SEARCH_GROUPS", 2)
     run_stage(world, config, True, tmp_path / "two")
     for i in range(len(world.web.artifact.parts)):
         assert (tmp_path / "one" / part_name(i)).read_bytes() == (tmp_path / "two" / part_name(i)).read_bytes()
@@ -504,7 +505,9 @@ def test_what_sees_every_claim_is_never_on_the_driver(world, tmp_path, ray_execu
     config = RetrieveConfig(seeds=("a", "b", "c"), **case)
     here = run_stage(world, config, True, tmp_path / "here")
     for name in ("draft", "find_cuts", "share_pairs", "judge", "cluster_claims"):
-        monkeypatch.setattr(retrieve, name, None)
-        monkeypatch.setattr(kernel, name, None)
+        users = [module for module in (retrieve, search, clusters, quotas) if hasattr(module, name)]
+        assert users
+        for module in (*users, kernel):
+            monkeypatch.setattr(module, name, None)
     there = run_stage(world, config, True, tmp_path / "there", ray_executor)
     assert [file.sha256 for file in there.files] == [file.sha256 for file in here.files]

@@ -15,8 +15,8 @@ from pipelines.engine import run_recipe
 from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
+from pipelines.report.thumbnails import make_thumbs
 from pipelines.stages.table import STAGES
-from pipelines.thumbnails import make_thumbs
 
 
 def run(tree: dict[str, Any], root: Path) -> dict[str, Artifact]:

@@ -5,8 +5,8 @@ from pipelines.engine import OnStep
 from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor
 from pipelines.ray_executor import RayExecutor
-from pipelines.report import build_page
-from pipelines.report_run import ReportConfig, Run
+from pipelines.report.page import build_page
+from pipelines.report.run import ReportConfig, Run
 from pipelines.roots import check_versions, finished_steps, noted_stages
 
 PAGE = "report.html"  # below the root, when nothing else is said

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from curation.artifact import Artifact, pool_of, read_table
-from pipelines.report_run import Run, best_of
-from pipelines.thumbnails import make_thumbs
+from pipelines.report.run import Run, best_of
+from pipelines.report.thumbnails import make_thumbs
 
 
 class Retrieved(NamedTuple):

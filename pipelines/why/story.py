@@ -13,9 +13,9 @@ from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor
 from pipelines.roots import check_versions, finished_steps, noted_stages
 from pipelines.stage import SELECTIONS
-from pipelines.why_find import Found, Image, find_images
-from pipelines.why_run import Run, seats
-from pipelines.why_steps import NOTHING_TO_SAY, TELL
+from pipelines.why.find import Found, Image, find_images
+from pipelines.why.run import Run, seats
+from pipelines.why.steps import NOTHING_TO_SAY, TELL
 
 # Inputs along which rows go from step to step; others (a reference, a backbone) are only looked at.
 FLOW = ("pool", "selection", "embeddings", "neighbors", "hierarchy", "members", "components")

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from curation.pool import source_of_part
 from curation.sources import file_at, read_images
 from curation.store import Location
 from embedding.decode import MAX_PIXELS, BadImage, decode_rgb
+from pipelines.rows import by_part
 
 THUMB_SIDE = 96  # pixels, the longer side at most
 PNG_SIDE = 48  # up to here without loss
@@ -32,21 +33,19 @@ class Thumb(NamedTuple):
 def make_thumbs(pool: Artifact, row_ids: Iterable[int], executor: Executor) -> dict[int, Thumb]:
     """A thumbnail of every row, by row id. Reads the parts that hold them, and nothing else."""
     wanted = np.unique(np.array(list(row_ids), np.int64))
-    part = np.searchsorted(pool.starts, wanted, side="right") - 1
-    items = [(int(p), wanted[part == p]) for p in np.unique(part)]
     made: dict[int, Thumb] = {}
-    for some in executor.map(partial(thumbs_of_part, pool=pool), items):
+    for some in executor.map(partial(thumbs_of_part, pool=pool), list(by_part(wanted, pool))):
         made |= some
     return made
 
 
 def thumbs_of_part(item: tuple[int, np.ndarray], pool: Artifact) -> dict[int, Thumb]:
     """Thumbnails of some rows of one part."""
-    index, row_ids = item
-    table = read_table(pool.part(index)).take(pa.array(row_ids - pool.starts[index]))
+    index, rows = item
+    table = read_table(pool.part(index)).take(pa.array(rows))
     root, column = source_of_part(pool, index)
     made = {}
-    for i, row_id in enumerate(row_ids.tolist()):
+    for i, row_id in enumerate((rows + pool.starts[index]).tolist()):
         row = table.slice(i, 1)
         facts = row.to_pylist()[0]
         data = next(present(root, row, column), b"")
@@ -84,8 +83,3 @@ def encode_thumb(data: bytes) -> str:
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"quality": 85} if kind == "jpeg" else {"optimize": True}))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def take(thumbs: dict[int, Thumb], row_ids: Sequence[int]) -> list[Thumb]:
-    """The thumbnails of some rows, in order."""
-    return [thumbs[row_id] for row_id in row_ids]

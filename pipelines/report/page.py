@@ -1,33 +1,29 @@
-"""What the page of a run says: facts read from its artifacts, a section a kind of step, bounded in pictures.
+"""The page of a run as HTML: its head, the picture of its steps and their table; the sections have a file each."""
 
-Every function here looks at one kind of step and returns plain values for the template; what is O(rows) is counted
-part by part on the workers. Nothing is computed anew that a step has written down, and no times and no absolute paths
-get in, so equal artifacts give equal bytes.
-"""
-
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from curation.artifact import Artifact, read_table
-from pipelines import drawings
-from pipelines import report_retrieval as retrieval
-from pipelines import report_sections as sections
-from pipelines.drawings import Curve, Node
-from pipelines.report_run import Run, step_inputs
+from curation.artifact import Artifact
+from pipelines.report import drawings
+from pipelines.report.classes import classes
+from pipelines.report.clusters import clusters
+from pipelines.report.drawings import Node
+from pipelines.report.models import backbones, scores, trainings
+from pipelines.report.pairs import duplicates, leaks
+from pipelines.report.rejected import rejected
+from pipelines.report.retrieval import mixes, retrievals
+from pipelines.report.run import Run, step_inputs
+from pipelines.stage import HEAD_COUNTS
 
 KINDS = {
     "pool": "source", "union": "source", "select": "choice", "dedup": "choice", "decontaminate": "choice",
     "retrieve": "choice", "sample": "choice", "mix": "choice", "embed": "vectors", "neighbors": "vectors",
     "cluster": "vectors", "shards": "source", "train": "model", "evaluate": "model", "report": "model",
 }  # fmt: skip
-
 CHOICES = (("mix",), ("sample",), ("retrieve",), ("decontaminate", "dedup", "select"))  # the last word comes first
-HEAD_COUNTS = ("rows", "kept", "dropped", "bad")  # columns of the table
 NOT_FINISHED = "not finished"
 FOLDED = ("pool", "embed")  # stages of which many that are used alike share a box of the picture
 
@@ -42,7 +38,7 @@ class Fact(NamedTuple):
 def build_page(run: Run) -> str:
     """The whole page as HTML."""
     environment = Environment(
-        loader=PackageLoader("pipelines", "templates"),
+        loader=PackageLoader("pipelines.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -55,13 +51,13 @@ def build_page(run: Run) -> str:
         folded=len(set(boxes_of(run).values())) < len(run.steps),
         steps=step_table(run),
         unfinished=run.unfinished,
-        rejected=sections.rejected(run),
-        pairs=sections.duplicates(run),
-        leaks=sections.leaks(run),
-        retrievals=retrieval.retrievals(run),
-        clusters=sections.clusters(run),
-        mixes=retrieval.mixes(run),
-        classes=sections.classes(run),
+        rejected=rejected(run),
+        pairs=duplicates(run),
+        leaks=leaks(run),
+        retrievals=retrievals(run),
+        clusters=clusters(run),
+        mixes=mixes(run),
+        classes=classes(run),
         trainings=trainings(run),
         scores=scores(run),
         backbones=backbones(run),
@@ -140,71 +136,3 @@ def headline(run: Run) -> list[Fact]:
         label = "images kept" if chosen[-1].stage in CHOICES[-1] else "images in the curated set"
         facts.append(Fact(f"{chosen[-1].counts['kept']:,}", label))
     return facts
-
-
-def trainings(run: Run) -> list[dict[str, Any]]:
-    """DINO loss and teacher entropy of every training that took a step."""
-    found = []
-    for name, step in run.of("train").items():
-        config = step.manifest["config"]
-        if not config["n_steps"]:
-            continue
-        table = read_table(step.part(0), ["dino_loss", "teacher_entropy", "usage_perplexity"])
-        loss, entropy, used = (table[column].to_numpy() for column in table.column_names)
-        uniform = math.log(config["n_prototypes"])
-        last = max(1, len(loss) // 20)
-        end = float(np.nanmean(loss[-last:]))
-        curves = [Curve("DINO loss", loss, "loss"), Curve("teacher entropy", entropy, "entropy")]
-        alt = f"DINO loss and teacher entropy of {name} by step; the loss ends at {end:.2f} nats, ln K is {uniform:.2f}"
-        found.append({
-            "name": name, "shards": step_inputs(step)["shards"], "steps": config["n_steps"], "batch": config["batch"],
-            "seen": step.counts["kept"], "loss": end, "uniform": uniform, "prototypes": config["n_prototypes"],
-            "used": float(np.nanmean(used[-last:])), "skipped": step.counts["skipped_steps"],
-            "learnt": end < uniform - 0.1,
-            "chart": drawings.line_chart(curves, (uniform, f"ln K = {uniform:.2f}"), "step", "nats", alt),
-        })  # fmt: skip
-    return found
-
-
-def scores(run: Run) -> list[dict[str, Any]]:
-    """k-NN accuracies, those with one bank, one exam and one k beside one another."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for name, step in run.of("evaluate").items():
-        config, reads, facts = step.manifest["config"], step_inputs(step), step.facts
-        key = (reads["bank"], reads["queries"], str(config["n_neighbors"]), str(config["temperature"]))
-        groups.setdefault(key, []).append(
-            {"name": name, "backbone": reads.get("backbone", config["backbone"]), "accuracy": facts["accuracy"],
-             "correct": step.counts["correct"], "rows": step.counts["rows"], "n_classes": facts["n_classes"]}
-        )  # fmt: skip
-    return [
-        {"bank": bank, "queries": queries, "k": k, "temperature": t, "rows": rows[0]["rows"],
-         "chance": 1 / rows[0]["n_classes"], "n_classes": rows[0]["n_classes"], "bars": rows}
-        for (bank, queries, k, t), rows in groups.items()
-    ]  # fmt: skip
-
-
-def backbones(run: Run) -> list[dict[str, Any]]:
-    """What made the vectors: each identity once, with the steps that used it."""
-    made_by = {
-        file.sha256: name
-        for name, step in run.of("train").items()
-        for file in step.files
-        if file.name.endswith("tensors")
-    }
-    found: dict[str, dict[str, Any]] = {}
-    for name, step in run.of("embed", "evaluate").items():
-        identity = step.facts["backbone"]
-        weights = identity.get("weights") or ""
-        key = f"{identity['name']} {weights} {identity.get('pooling')}"
-        row = found.setdefault(key, {
-            "name": identity["name"], "weights": weights, "made_by": made_by.get(weights, ""),
-            "pooling": identity.get("pooling") or "", "preprocess": settings(identity.get("preprocess") or {}),
-            "architecture": settings(identity.get("config") or {}), "used_by": [],
-        })  # fmt: skip
-        row["used_by"].append(name)
-    return list(found.values())
-
-
-def settings(values: Mapping[str, Any]) -> str:
-    """Settings in one line."""
-    return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, False, 0.0))

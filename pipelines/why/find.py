@@ -20,6 +20,7 @@ from curation.execute import Executor
 from curation.sources import source_root
 from curation.store import Location, RangeFile, file_sha256
 from pipelines.errors import UserError
+from pipelines.rows import place_in_parts
 
 MIN_PREFIX = 6  # hex digits of a key that may stand for it
 KEY_DIGITS = 64
@@ -156,8 +157,7 @@ def search(step: str, pool: Artifact, question: Question, executor: Executor) ->
     for some in executor.map(work, names):
         for values in some:
             if "row_id" in values:
-                part = int(np.searchsorted(pool.starts, values["row_id"], side="right")) - 1
-                found.append(Image(step, pool, values, part, values["row_id"] - int(pool.starts[part])))
+                found.append(Image(step, pool, values, *place_in_parts(values["row_id"], pool)))
             elif len(refused) < MAX_REFUSED:
                 refused.append(Image(step, pool, values))
     return found + refused

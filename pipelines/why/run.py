@@ -15,7 +15,8 @@ from curation.artifact import Artifact, pool_of
 from curation.execute import Executor
 from curation.sources import file_at, split_pattern
 from curation.store import Location
-from pipelines.why_find import Image, name_of, rows_where
+from pipelines.rows import place_in_parts
+from pipelines.why.find import Image, name_of, rows_where
 
 N_SHOWN = 3  # other images that a step names
 
@@ -93,9 +94,9 @@ def picture(run: Run, pool: Artifact, position: int) -> dict[str, Any]:
 
     ``position`` and ``row_id`` count in ``pool``, which may be a union of the pool that is named.
     """
-    part = int(np.searchsorted(pool.starts, position, side="right")) - 1
+    part, row = place_in_parts(position, pool)
     owner, own_part = pool.member(part)
-    own_row = position - int(pool.starts[part]) + int(owner.starts[own_part])
+    own_row = row + int(owner.starts[own_part])
     columns = ["source", "member", "offset", "key"]
     values = rows_where(pool.part(part), pc.field("row_id") == own_row, columns).to_pylist()[0]
     facts = {"pool": run.name(owner), "row_id": position, "key": values["key"], "name": name_of(values)}

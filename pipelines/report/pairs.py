@@ -1,0 +1,165 @@
+"""What the page says of near copies and of leaks: dropped images, each beside the one that it was dropped for."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+
+from curation.artifact import Artifact, pool_of, read_table
+from pipelines.report import drawings
+from pipelines.report.run import Run, best_of
+from pipelines.report.thumbnails import make_thumbs
+from pipelines.rows import by_part, vectors_of_part
+
+N_BINS = 24  # of the histogram of similarities
+
+
+class Pair(NamedTuple):
+    """A dropped row and the row that it was dropped for."""
+
+    row_id: int
+    near: int  # in the same pool, or in the reference
+    similarity: float  # of the dropped row's strongest edge, or to the reference row
+    luck: float  # drawn
+
+
+class Pairs(NamedTuple):
+    """What one or more parts have dropped."""
+
+    histogram: np.ndarray  # int64 (N_BINS,), from the threshold to 1
+    strongest: list[Pair]
+    weakest: list[Pair]
+    lucky: list[Pair]
+
+
+def duplicates(run: Run) -> list[dict[str, Any]]:
+    """Every dedup step: what was dropped beside what stayed."""
+    found = []
+    for name, step in run.of("dedup").items():
+        near = step.input("neighbors")
+        pool, low = run.pool(step), near.manifest["config"]["min_similarity"]
+        pairs = gather_pairs(run, step, "representative", low)
+        groups = groups_of(pairs)
+        shown = [pair for _, some in groups for pair in some]
+        thumbs = make_thumbs(pool, [i for pair in shown for i in (pair.row_id, pair.near)], run.executor)
+        cosine = cosines(run, near.input("embeddings"), pool, shown)
+        found.append({
+            "name": name, "counts": step.counts, "min_similarity": low, "backbone": near.facts["backbone"]["name"],
+            "keep": step.manifest["config"]["keep"],
+            "histogram": histogram(pairs.histogram, low, "strongest similarity"),
+            "groups": [
+                (title, [{"left": thumbs[p.near], "right": thumbs[p.row_id], "similarity": cosine[p.row_id],
+                          "edge": p.similarity} for p in some])
+                for title, some in groups
+            ],
+        })  # fmt: skip
+    return found
+
+
+def leaks(run: Run) -> list[dict[str, Any]]:
+    """Every decontaminate step: what was dropped beside the reference image, or beside what joins it to one."""
+    found = []
+    for name, step in run.of("decontaminate").items():
+        pool, reference = run.pool(step), run.pool(step.input("reference"))
+        config, low = step.manifest["config"], step.manifest["config"]["min_similarity"]
+        pairs = gather_pairs(run, step, "near_row", low)
+        groups = picture_pairs(run, groups_of(pairs), reference, pool)
+        if config["mode"] == "component":
+            joined = groups_of(gather_pairs(run, step, "through", low))
+            groups += [(f"Joined through the left one: {title.lower()}", some)
+                       for title, some in picture_pairs(run, joined, pool, pool)]  # fmt: skip
+        found.append({
+            "name": name, "counts": step.counts, "reference": run.name(reference), "min_similarity": low,
+            "backbone": step.input("embeddings").facts["backbone"]["name"], "mode": config["mode"],
+            "hops": step.facts.get("hops", {}), "largest": step.facts.get("largest_component", 0),
+            "histogram": histogram(pairs.histogram, low, "similarity to the nearest reference image"),
+            "groups": groups,
+        })  # fmt: skip
+    return found
+
+
+def picture_pairs(
+    run: Run, groups: Sequence[tuple[str, list[Pair]]], near_pool: Artifact, pool: Artifact
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Thumbnails for the pairs of some groups: left the near image, right the dropped one."""
+    shown = [pair for _, some in groups for pair in some]
+    mine = make_thumbs(pool, [pair.row_id for pair in shown], run.executor)
+    theirs = make_thumbs(near_pool, [pair.near for pair in shown], run.executor)
+    return [
+        (title, [{"left": theirs[p.near], "right": mine[p.row_id], "similarity": p.similarity, "edge": p.similarity}
+                 for p in some])
+        for title, some in groups
+    ]  # fmt: skip
+
+
+def gather_pairs(run: Run, step: Artifact, column: str, low: float) -> Pairs:
+    """The shown pairs of a step."""
+    n = run.config.n_pairs
+    work = partial(part_pairs, step=step, column=column, low=low, n=n, seed=run.config.seed)
+    total = Pairs(np.zeros(N_BINS, np.int64), [], [], [])
+    for pairs in run.executor.map(work, range(len(step.parts))):
+        total = merge_pairs(total, pairs, n)
+    return total
+
+
+def part_pairs(index: int, step: Artifact, column: str, low: float, n: int, seed: int) -> Pairs:
+    """The dropped rows of one part: the n most and least similar and n drawn ones.
+
+    ``column`` says which row each was dropped for; of ``through``, which joins images to a component, the similarity is
+    that of the join, and the rows are those that are not near a reference image themselves.
+    """
+    table = read_table(step.part(index))
+    table = table.filter(pc.invert(table["kept"]))
+    if "hops" in table.column_names:
+        table = table.filter(pc.greater(table["hops"], 1) if column == "through" else pc.equal(table["hops"], 1))
+    luck = np.random.default_rng([seed, index]).random(table.num_rows)
+    similarity = table["through_similarity" if column == "through" else "similarity"].to_numpy()
+    row_id = table["row"].to_numpy() + pool_of(step).starts[index]
+    near = table[column].to_numpy()
+    orders = [np.lexsort((row_id, key))[:n] for key in (-similarity, similarity, luck)]
+    picks = [[Pair(int(row_id[i]), int(near[i]), float(similarity[i]), float(luck[i])) for i in o] for o in orders]
+    return Pairs(np.histogram(similarity, N_BINS, (low, 1.0))[0], *picks)
+
+
+def merge_pairs(a: Pairs, b: Pairs, n: int) -> Pairs:
+    """The pairs of both, cut to n of a kind."""
+    return Pairs(
+        a.histogram + b.histogram,
+        best_of(a.strongest + b.strongest, n, lambda p: (-p.similarity, p.row_id)),
+        best_of(a.weakest + b.weakest, n, lambda p: (p.similarity, p.row_id)),
+        best_of(a.lucky + b.lucky, n, lambda p: (p.luck, p.row_id)),
+    )
+
+
+def groups_of(pairs: Pairs) -> list[tuple[str, list[Pair]]]:
+    """Headings and their pairs, each pair once."""
+    seen: set[int] = set()
+    groups = []
+    for title, some in (
+        ("Least similar", pairs.weakest),
+        ("Drawn at random", pairs.lucky),
+        ("Most similar", pairs.strongest),
+    ):
+        fresh = [pair for pair in some if pair.row_id not in seen]
+        seen |= {pair.row_id for pair in fresh}
+        if fresh:
+            groups.append((title, fresh))
+    return groups
+
+
+def histogram(counts: np.ndarray, low: float, what: str) -> Any:
+    """How similar the dropped images were."""
+    ticks = [f"{low:g}", f"{(low + 1) / 2:g}", "1"]
+    alt = f"Histogram of the {what} of {counts.sum()} dropped images, from {low:g} to 1"
+    return drawings.bar_chart([("after", counts.tolist())], ticks, what, alt) if counts.sum() else ""
+
+
+def cosines(run: Run, embeddings: Artifact, pool: Artifact, pairs: Sequence[Pair]) -> dict[int, float]:
+    """The similarity of each dropped row to its representative; the edge that dropped it may be to another row."""
+    wanted = np.unique(np.array([i for pair in pairs for i in (pair.row_id, pair.near)], np.int64))
+    work = partial(vectors_of_part, embeddings=embeddings)
+    vectors: list[np.ndarray] = list(run.executor.map(work, list(by_part(wanted, pool))))
+    x = dict(zip(wanted.tolist(), np.concatenate(vectors) if vectors else [], strict=True))
+    return {pair.row_id: float(x[pair.row_id] @ x[pair.near]) for pair in pairs}

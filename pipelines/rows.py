@@ -1,0 +1,28 @@
+"""Where rows of a pool stand in its parts."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from curation.artifact import Artifact
+from curation.embeddings import embedding_parts
+
+
+def place_in_parts(position: int, pool: Artifact) -> tuple[int, int]:
+    """The part that holds a row of a pool, and where the row stands in it."""
+    part = int(np.searchsorted(pool.starts, position, side="right")) - 1
+    return part, position - int(pool.starts[part])
+
+
+def by_part(row_ids: np.ndarray, pool: Artifact) -> Iterator[tuple[int, np.ndarray]]:
+    """The parts that hold some rows of a pool, ascending int64 (n,), each with where its rows stand in it."""
+    part = np.searchsorted(pool.starts, row_ids, side="right") - 1
+    for index in np.unique(part).tolist():
+        yield index, row_ids[part == index] - pool.starts[index]
+
+
+def vectors_of_part(item: tuple[int, np.ndarray], embeddings: Artifact) -> np.ndarray:
+    """float64 (n, d): the vectors of some rows of one part, which the embeddings must cover."""
+    index, rows = item
+    covered, x = embedding_parts(embeddings)[index].read()
+    return x[np.searchsorted(covered, rows)].astype(np.float64)

@@ -1,0 +1,1 @@
+"""``openlvd why``: the story of one image of a run."""
