@@ -83,6 +83,11 @@ def list_source(source: Location) -> Listing:
     runs = tuple(_roots_of_runs(root, entries))
     if "" in runs:
         raise ValueError(f"{source} must not be the root of a run, where its own files are: it holds {ROOT_FILE}")
+    pattern = split_pattern(source)[1]
+    if pattern:  # after the look for runs, whose shards may fit it
+        entries = [entry for entry in entries if re.fullmatch(pattern, entry.name, re.DOTALL)]
+        if not entries:
+            raise FileNotFoundError(f"no file that fits {source}")
     wanted = [entry for entry in entries if _is_candidate(entry.name) and not entry.name.startswith(runs)]
     packed = [entry.name for entry in wanted if entry.name.lower().endswith(ARCHIVE_SUFFIXES)]
     if packed and len(packed) == len(wanted):  # a stray one among images is one undecodable file
@@ -105,14 +110,11 @@ def _look_below(source: Location) -> tuple[Location, list[Entry], int]:
         if not source.exists():
             raise FileNotFoundError(f"no folder or file {source}")
         return root, [source.entry()], 0
+    if not root.is_folder():
+        raise FileNotFoundError(f"no file that fits {source}")
     found = root.below()
     entries = sorted([*found.files, *(Entry(name, 0, "") for name in found.lost)])
-    if not pattern:
-        return root, entries, found.n_others
-    entries = [entry for entry in entries if re.fullmatch(pattern, entry.name, re.DOTALL)]
-    if not entries:
-        raise FileNotFoundError(f"no file that fits {source}")
-    return root, entries, 0
+    return root, entries, 0 if pattern else found.n_others
 
 
 def _utf8_name(name: str) -> str:
@@ -145,7 +147,12 @@ def split_pattern(source: Location) -> tuple[Location, str]:
     if first is None or source.exists():
         return source.parent, ""
     folder = Location("/".join(pieces[:first]) or ("/" if source.uri.startswith("/") else "."))
-    return folder, "".join(map(_as_expression, WILDCARD.split("/".join(pieces[first:]))))
+    expression = "".join(map(_as_expression, WILDCARD.split("/".join(pieces[first:]))))
+    try:
+        re.compile(expression)
+    except re.error as e:
+        raise ValueError(f"a pattern must be one of *, ?, ** and [...] among text: got {source} ({e})") from e
+    return folder, expression
 
 
 def _as_expression(piece: str) -> str:

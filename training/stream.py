@@ -85,6 +85,7 @@ class _Order:
         self.n_samples = int(totals.sum())  # an epoch
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._group = lru_cache(maxsize=2)(self._make_group)
+        self._index = lru_cache(maxsize=2 * n_open)(self._read_index)  # a small component is through an epoch soon
 
     def place(self, draw: int) -> _Place:
         """What the draw of this number shows, from 0, without end."""
@@ -113,8 +114,7 @@ class _Order:
 
     def _make_group(self, epoch: int, group: int) -> _Group:
         ids = self.shard_ids[self._epoch(epoch).order[group * self.n_open : (group + 1) * self.n_open]]
-        tables = [read_index(self.shards, int(i), ("key", "offset", "length", self.column)) for i in ids]
-        tables = [table.filter(pc.greater(table[self.column], 0)) for table in tables]
+        tables = [self._index(int(i)) for i in ids]
         table = pa.concat_tables(tables)
         rows = np.repeat(np.arange(len(table)), table[self.column].to_numpy())
         return _Group(
@@ -125,12 +125,16 @@ class _Order:
             rows[self._rows_rng(epoch, group).permutation(len(rows))],
         )
 
+    def _read_index(self, shard: int) -> pa.Table:
+        table = read_index(self.shards, shard, ("key", "offset", "length", self.column))
+        return table.filter(pc.greater(table[self.column], 0))
+
 
 class Stream:
     """The endless order of samples of a shard set; two with the same index and seed agree on every number.
 
-    Memory: 16 bytes a shard, and the index rows of two groups of open shards; of a mix 24 bytes a shard and component,
-    and the index rows of two groups of each component.
+    Memory: 16 bytes a shard, and the index rows of four groups of open shards; of a mix 24 bytes a shard and
+    component, and the index rows of four groups of each component.
     """
 
     def __init__(
@@ -178,7 +182,10 @@ class Stream:
         if self._mixing is None:
             return [self.sample(step * self.batch_size + slot) for slot in range(self.batch_size)]
         component, draw = self._mixing.step(step)
-        return [self.sample(number) for number in (draw * len(self._orders) + component).tolist()]
+        numbers = (draw * len(self._orders) + component).tolist()
+        in_order = np.lexsort((draw, component)).tolist()  # each component's index is gone through once
+        found = {slot: self.sample(numbers[slot]) for slot in in_order}
+        return [found[slot] for slot in range(self.batch_size)]
 
     def sample(self, number: int) -> Sample:
         """The sample of this number, from 0, without end."""

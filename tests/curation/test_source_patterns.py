@@ -50,3 +50,16 @@ def test_a_pattern_may_be_relative(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
     assert [entry.name for entry in list_source(Location("*.jpg").resolved()).entries] == ["a.jpg"]
+
+
+def test_a_pattern_does_not_find_what_runs_wrote(there):
+    (there / "runs/mine/run.json").write(b'{"steps": {}}')
+    (there / "runs/mine/shards/1/a.jpg").write(b"x")
+    assert not [e for e in list_source(there / "**/a.jpg").entries if e.name.startswith("runs/")]
+    with pytest.raises(ValueError, match="must not be the root of a run"):
+        list_source(there / "runs/mine/*.jpg")
+
+
+def test_a_pattern_that_means_nothing_is_named(there):
+    with pytest.raises(ValueError, match=r"a pattern must be .* got .*img\[9-0\]"):
+        list_source(there / "img[9-0].png")

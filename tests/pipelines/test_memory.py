@@ -20,6 +20,7 @@ from pipelines.recipe import parse_recipe
 from pipelines.stages import hops
 from pipelines.stages.table import STAGES
 
+pytestmark = pytest.mark.timeout(900)  # the fixture runs every step at both sizes, each in a process of its own
 PART_ROWS = 256
 FEW, MANY = 4, 32
 SLACK_MB = 6.0  # of 26 MB more images, 12 MB more vectors

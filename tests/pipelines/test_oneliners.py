@@ -311,7 +311,7 @@ def test_killed_and_started_again_it_is_as_if_nothing_was(tmp_path):
     for i in range(800):
         (photos / f"{i:04d}.png").write_bytes(png(digit(i)))
     dedup(photos, tmp_path / "whole", min_similarity=1.0)
-    args = ["dedup-folder", photos, out, "--min-similarity", "1.0"]
+    args = ["dedup-folder", photos, "--out", out, "--min-similarity", "1.0"]
     for least in (0, 1, 100):  # in the steps, and twice between the files
         process = openlvd(*args, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 100

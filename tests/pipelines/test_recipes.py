@@ -20,11 +20,12 @@ N_WEB, N_SEEDS = 150, 8
 # What makes a recipe small, beside other backbones and a small training. All are settings that a user would change too.
 SIZES: dict[str, list[str]] = {
     "lvd142m": [
-        "near.min_similarity=0.99", "near_45.min_similarity=0.97", "clean.min_similarity=0.97",
+        "near.min_similarity=0.99", "clean.min_similarity=0.97",
         "clusters.n_clusters=[12]", "near_clusters.min_hits=1", "near_clusters.per_cluster=6",
         "near_clusters.max_rows=10",
     ],
-    "lvd1689m": ["tree.n_clusters=[40, 20, 10, 6, 3]", "balanced.target=60"],
+    "lvd1689m": ["tree.n_clusters=[40, 20, 10, 6, 3]", "tree.resample_size=[1, 2, 2, 2, 2]", "tree.n_resamples=2",
+                 "balanced.target=60"],
     "vo2024": ["tree.n_clusters=[40, 20, 10, 4]", "tree.resample_size=[1, 2, 2, 2]", "tree.n_resamples=2",
                "balanced.target=60"],
     "semdedup": ["clusters.n_clusters=[8]"],
@@ -66,7 +67,7 @@ def small(name: str, folder: Path) -> Recipe:
             overrides.append(f"{step}.backbone=pixels")
         if entry["stage"] == "train":
             changes = {**TRAIN, "n_registers": 0, "layer_scale": None, "freeze_last_layer_steps": 1,
-                       "teacher_temperature_steps": 3, "precision": "float32", "n_local": 1}  # fmt: skip
+                       "teacher_temperature_steps": 3, "augment": "{}", "precision": "float32", "n_local": 1}  # fmt: skip
             overrides += [f"{step}.{key}={'null' if value is None else value}" for key, value in changes.items()]
     return read_recipe(Location(name), overrides, STAGES)
 

@@ -26,8 +26,9 @@ from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor
 from pipelines.recipe import parse_recipe
 from pipelines.stages.table import STAGES
+from pipelines.why.clusters import rank_in_cluster
 from pipelines.why.run import Run, Seat
-from pipelines.why.steps import NOTHING_TO_SAY, TELL, rank_in_cluster
+from pipelines.why.steps import NOTHING_TO_SAY, TELL
 from pipelines.why.story import print_story, tell_why
 
 Story = dict[str, Any]

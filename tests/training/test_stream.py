@@ -9,7 +9,7 @@ import pytest
 from curation.mix import MIX_FILE, read_mix, spec_of, write_mix
 from curation.store import Location
 from training.mixing import Mixing
-from training.stream import INDEX_SCHEMA, Stream, build_index, list_shards, read_images, shard_totals
+from training.stream import INDEX_SCHEMA, Stream, build_index, list_shards, read_images, read_index, shard_totals
 
 
 @pytest.fixture
@@ -224,3 +224,21 @@ def test_shards_that_are_not_of_their_mix_are_refused(mixed, make_shards, add_mi
         add_mix(shards, {"a": {"k": 1}, "b": {"k": count}}, {}, {"a": 0.5, "b": 0.5})
         with pytest.raises(ValueError, match=words):
             Stream(shards, batch=2)
+
+
+def test_a_small_component_is_not_read_again_for_each_of_its_epochs(make_shards, add_mix, tmp_path, monkeypatch):
+    """A batch goes through a component of 3 images dozens of times: its index is read once for every open shard."""
+    samples = [[(f"s{i}n{j}", b"x") for j in range(30)] for i in range(4)]
+    few = {f"s{i}n0": 1 for i in range(3)}
+    everything = {key: 1 for shard in samples for key, _ in shard}
+    shards = add_mix(
+        make_shards(tmp_path / "m", samples), {"few": few, "all": everything}, {}, {"few": 0.5, "all": 0.5}
+    )
+    stream = Stream(shards, batch=256, seed=0, n_open=2)
+    read = []
+    monkeypatch.setattr(
+        "training.stream.read_index", lambda *args, real=read_index: read.append(args[1]) or real(*args)
+    )
+    stream.batch(0)
+    n_groups_of_all = -(-128 // 60) + 1
+    assert len(read) <= 3 * 2 + 2 * n_groups_of_all
