@@ -67,7 +67,8 @@ def small(name: str, folder: Path) -> Recipe:
             overrides.append(f"{step}.backbone=pixels")
         if entry["stage"] == "train":
             changes = {**TRAIN, "n_registers": 0, "layer_scale": None, "freeze_last_layer_steps": 1,
-                       "teacher_temperature_steps": 3, "augment": "{}", "precision": "float32", "n_local": 1}  # fmt: skip
+                       "teacher_temperature_steps": 3, "augment": "{}", "precision": "float32",
+                       "n_local": 1}  # fmt: skip
             overrides += [f"{step}.{key}={'null' if value is None else value}" for key, value in changes.items()]
     return read_recipe(Location(name), overrides, STAGES)
 
