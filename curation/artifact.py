@@ -28,6 +28,7 @@ UNION = "union"  # the stage whose artifact is a list of others
 METADATA_KEY = b"openlvd"
 
 Counts = dict[str, int]
+Where = str | Sequence[str]  # the place of one thing, or the places of several
 
 
 class FileInfo(NamedTuple):
@@ -49,7 +50,7 @@ class Artifact:
     """
 
     location: Location
-    moved: Mapping[str, str] = field(default_factory=dict)  # where outside sources are now, if not where they were;
+    moved: Mapping[str, Where] = field(default_factory=dict)  # where outside sources are now, if not where they were;
     # those of an input stand under its name and a dot
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,9 +151,10 @@ class Artifact:
         """How many parts a union has up to and with each member."""
         return list(accumulate(len(member.parts) for member in self.members))
 
-    def outside(self, name: str) -> Location:
-        """An outside source that the config names, where it is now."""
-        return Location(self.moved.get(name) or self.manifest["locations"][name])
+    def outside(self, name: str) -> tuple[Location, ...]:
+        """The outside sources that a field of the config names, one or several, where they are now."""
+        at: Where = self.moved.get(name) or self.manifest["locations"][name]
+        return tuple(map(Location, [at] if isinstance(at, str) else at))
 
     def input(self, name: str) -> "Artifact":
         """The artifact that this one was made from. Raises KeyError when there is no such input."""

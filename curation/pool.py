@@ -4,6 +4,7 @@
 kept rows of a unit, at most ``part_rows`` each. ``key`` is the sha256 of the image's bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation.artifact import Artifact
-from curation.sources import source_root
-from curation.store import Location
+from curation.listing import Root, root_of
 
 KEYS_PER_PARTITION = 1 << 22  # rows of one hash partition: 40 bytes each, so a task holds some 700 MB
 
@@ -36,6 +36,8 @@ SCAN_SCHEMA = pa.schema(
 POOL_SCHEMA = pa.schema(
     [pa.field("row_id", pa.int64()), *(f for f in SCAN_SCHEMA if f.name not in ("reason", "detail"))]
 )
+# Further columns, which a scan reckons from the pixels when it is asked to: see embedding/measures.py.
+MEASURES = {"entropy": pa.float32(), "blur": pa.float32(), "brightness": pa.float32(), "phash": pa.string()}
 REJECTED_SCHEMA = pa.schema(
     [
         *(SCAN_SCHEMA.field(n) for n in ("source", "member", "key", "reason", "detail")),
@@ -55,16 +57,27 @@ class PoolConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    source: str  # folder, S3 prefix, tar, Parquet or image file, or a pattern such as crawl/**/part-*.tar
+    source: str | tuple[str, ...]  # folder, S3 prefix, tar, Parquet or image file, pattern such as crawl/**/part-*.tar,
+    # or .txt file with a path a line, relative to its folder; or a list of several sources
     min_side: int = 1  # pixels, the shorter side
     max_aspect_ratio: float = 100.0  # longer side over shorter side
     max_pixels: int = 178_956_970  # width * height, checked from the header before decoding
     max_bad_fraction: float = 0.05  # share of undecodable and too large images at which the step stops
     part_rows: int = 65_536  # rows of a part at most; also files read by one task
-    image_column: str = "image"  # of Parquet sources: bytes, or a struct with bytes and path
+    image_column: str = "image"  # of Parquet sources: bytes, or a struct with bytes; image means jpg, png, ... too
     label_column: str = "label"  # of Parquet and JSON metadata; other files have their parent folder's name
+    measures: tuple[str, ...] = ()  # columns reckoned from the pixels, for select.where: any of entropy (bits, 0..8),
+    # blur (variance of the Laplacian, low: blurred), brightness (mean luma, 0..255), phash (64-bit DCT hash, 16 hex
+    # digits); the four together take longer than decoding, which a scan does anyway
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources in order."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
     def __post_init__(self) -> None:
+        if not self.sources or not all(self.sources):
+            raise ValueError(f"pool.source must name at least one source, each by a path: got {self.source!r}")
         for name in ("min_side", "max_pixels", "part_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pool.{name} must be at least 1: got {getattr(self, name)}")
@@ -72,6 +85,16 @@ class PoolConfig:
             raise ValueError(f"pool.max_aspect_ratio must be at least 1: got {self.max_aspect_ratio}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"pool.max_bad_fraction must be in [0, 1]: got {self.max_bad_fraction}")
+        unknown = [name for name in self.measures if name not in MEASURES]
+        if unknown:
+            raise ValueError(f"pool.measures must be of {', '.join(MEASURES)}: got {unknown[0]!r}")
+        if len(set(self.measures)) < len(self.measures):
+            raise ValueError(f"pool.measures must name each once: got {', '.join(self.measures)}")
+
+
+def scan_schema(measures: Sequence[str]) -> pa.Schema:
+    """SCAN_SCHEMA, and behind it the measures that are asked for, in the order of MEASURES."""
+    return pa.schema([*SCAN_SCHEMA, *((name, kind) for name, kind in MEASURES.items() if name in measures)])
 
 
 def key_records(keys: pa.Array, unit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +144,7 @@ def part_sizes(n_kept: np.ndarray, part_rows: int) -> tuple[np.ndarray, np.ndarr
     return first, np.minimum(part_rows, n_kept[unit] - within * part_rows).astype(np.int64)
 
 
-def source_of_part(pool: Artifact, index: int) -> tuple[Location, str]:
+def source_of_part(pool: Artifact, index: int) -> tuple[Root, str]:
     """What the names in a part of a pool are relative to, and the column of images if it was made from Parquet."""
     member, _ = pool.member(index)
-    return source_root(member.outside("source")), str(member.manifest["config"]["image_column"])
+    return root_of(member.outside("source")), str(member.manifest["config"]["image_column"])

@@ -10,7 +10,11 @@ class SelectConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    where: str  # SQL expression over the columns of the pool, such as "width >= 224 and format = 'jpeg'"
+    where: str  # SQL expression over the columns of the pool, such as "width >= 224 and format = 'jpeg'": row_id,
+    # source, member, offset, n_bytes (or bytes), key, format, width, height, label, caption, metadata, and the pool's
+    # measures (entropy, blur, brightness, phash) and the scores, if there are any
+    scores: tuple[str, ...] = ()  # score steps over embeddings of the pool: where knows their columns, null for rows
+    # that they do not cover; null counts as false
 
     def __post_init__(self) -> None:
         if not self.where.strip():

@@ -47,6 +47,18 @@ def read_selection(location: Location) -> Selected:
     return Selected(rows, counts)
 
 
+def carried_count(before: Artifact | None, part: int, rows: np.ndarray, kept: np.ndarray) -> dict[str, pa.Array]:
+    """The column ``count`` of a selection made from another: that of the one before, 0 where a row is not kept.
+
+    ``rows`` int (n,) ascending, all kept by ``before``; ``kept`` bool (n,). Returns int32 (n,) by name, or nothing
+    when there is no selection before or it has no counts. Reads one part.
+    """
+    if before is None or "count" not in (table := read_table(before.part(part))).column_names:
+        return {}
+    at = rows_among(rows, table["row"].to_numpy(), "the selection before")
+    return {"count": pa.array(np.where(kept, table["count"].to_numpy()[at], 0).astype(np.int32))}
+
+
 def selected_rows(pool: Artifact, selection: Artifact | None, part: int) -> Selected:
     """The kept rows of a part; all of its rows without a selection."""
     if selection is not None:

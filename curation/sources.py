@@ -10,45 +10,45 @@ is a record without data, so that it is counted and listed. Where the reading it
 breaks, an error is raised: another try may give the bytes.
 """
 
-import errno
 import hashlib
-import json
-import os
-import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import quote, unquote_to_bytes
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.store import Entry, Location, RangeFile
+from curation.listing import CONTAINER_SUFFIXES, Listing, Root, file_at, name_in_source, stem, why_lost
+from curation.store import S3_REQUESTS, Entry, Location, RangeFile
 from curation.tars import (
     CAPTION_COLUMNS,
     MAX_FILE_BYTES,
-    METADATA_SUFFIXES,
     Record,
-    is_hidden,
-    json_text,
+    bytes_text,
     parent_folder,
     read_tar,
     text_of,
+    to_json,
     too_long,
     utf8_text,
+    with_side,
 )
 
-ARCHIVE_SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")  # bytes in them have no offset
-WILDCARD = re.compile(r"(\*\*/?|[*?]|\[[^]/]+\])")
-ROOT_FILE = "run.json"  # what a run writes at its root: below such a folder are its own files, no images to look at
+ANY_COLUMN = "image"  # the name of an image column that is looked for under other names too
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "img_bytes", "image_data", "bytes")
+NOT_DOWNLOADED = "not_downloaded"  # why a row has no image: img2dataset could not fetch it
 COALESCE_GAP = 1 << 18  # bytes between two ranges of one object that are cheaper read than asked for apart
 COALESCE_BYTES = 1 << 26  # of one such request, unless one image is larger
-ENCODED = "./"  # begins a name that is no UTF-8, then percent-encoded; no name of a listing on a disk begins so
-_ILL_NAMES = (errno.ELOOP, errno.ENAMETOOLONG)
+AHEAD_BYTES = 1 << 28  # asked for on S3 and not used yet
 _ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError, MemoryError)
 _DETAIL_CHARS = 200
+
+T = TypeVar("T")
 
 
 class Unit(NamedTuple):
@@ -59,126 +59,8 @@ class Unit(NamedTuple):
     first: int = 0  # first row group, for "parquet"
     stop: int = 0  # one after the last row group
     first_row: int = 0  # rows of the file before the first row group
-
-
-class Listing(NamedTuple):
-    """What was found below a source, before anything was read."""
-
-    root: Location
-    entries: list[Entry]  # candidates, in the order of their names
-    ignored: int  # hidden files, metadata, what runs wrote, links to folders, pipes and the like
-
-
-def list_source(source: Location) -> Listing:
-    """List a folder, a prefix, a single tar, Parquet or image file, or what fits a pattern (``split_pattern``).
-
-    Folders below it that are the root of a run are ignored with all that is in them. Links to files are read, those
-    that lead nowhere or round are entries that cannot be read, links to folders are ignored: they may lead round, or
-    anywhere. Names are UTF-8; a name on a disk that is none has its bytes percent-encoded behind ``./``
-    (``./caf%E9.jpg``), see ``file_at``. Raises FileNotFoundError when there is nothing of that name; ValueError for
-    nothing but compressed archives, or a source that is itself the root of a run. O(files) names are held here: pools
-    of more than some 10^7 images are kept in tars or Parquet, of which a listing is short.
-    """
-    root, entries, n_others = _look_below(source)
-    runs = tuple(_roots_of_runs(root, entries))
-    if "" in runs:
-        raise ValueError(f"{source} must not be the root of a run, where its own files are: it holds {ROOT_FILE}")
-    pattern = split_pattern(source)[1]
-    if pattern:  # after the look for runs, whose shards may fit it
-        entries = [entry for entry in entries if re.fullmatch(pattern, entry.name, re.DOTALL)]
-        if not entries:
-            raise FileNotFoundError(f"no file that fits {source}")
-    wanted = [entry for entry in entries if _is_candidate(entry.name) and not entry.name.startswith(runs)]
-    packed = [entry.name for entry in wanted if entry.name.lower().endswith(ARCHIVE_SUFFIXES)]
-    if packed and len(packed) == len(wanted):  # a stray one among images is one undecodable file
-        raise ValueError(
-            f"compressed archives must be unpacked to .tar or to files: {len(packed)} in {source}, first {packed[0]}"
-        )
-    named = [entry._replace(name=_utf8_name(entry.name)) for entry in wanted]
-    return Listing(root, named, len(entries) - len(wanted) + n_others)
-
-
-def _look_below(source: Location) -> tuple[Location, list[Entry], int]:
-    """The folder that names are relative to, what is below it, sorted, and how much of it is neither file nor folder.
-
-    What cannot be looked at has an empty stamp, so that its digest changes when it can.
-    """
-    root, pattern = split_pattern(source)
-    if not pattern and root != source:
-        if source.is_local and source.exists() and not source.path.is_file():
-            raise ValueError(f"{source} must be a folder or a file: it is a pipe, a socket or a device")
-        if not source.exists():
-            raise FileNotFoundError(f"no folder or file {source}")
-        return root, [source.entry()], 0
-    if not root.is_folder():
-        raise FileNotFoundError(f"no file that fits {source}")
-    found = root.below()
-    entries = sorted([*found.files, *(Entry(name, 0, "") for name in found.lost)])
-    return root, entries, 0 if pattern else found.n_others
-
-
-def _utf8_name(name: str) -> str:
-    return name if utf8_text(name) == name else ENCODED + quote(os.fsencode(name))
-
-
-def file_at(root: Location, source: str) -> Location:
-    """The file that a pool calls ``source``: below its root, by a name that may be no UTF-8 (see ``list_source``)."""
-    if root.is_local and source.startswith(ENCODED):
-        return root / os.fsdecode(unquote_to_bytes(source.removeprefix(ENCODED)))
-    return root / source
-
-
-def source_root(source: Location) -> Location:
-    """What the names in a pool are relative to: the source, or the folder of a file or of a pattern."""
-    return split_pattern(source)[0]
-
-
-def split_pattern(source: Location) -> tuple[Location, str]:
-    """The folder that a source is in, and the regular expression of the names meant; "" without a wildcard.
-
-    ``*`` and ``?`` stand for characters of one name, ``**`` for any folders too, ``[ab]`` for one of some characters.
-    What is there by that very name is no pattern, so folders may have brackets in their names.
-    """
-    if source.is_folder():
-        return source, ""
-    pieces = source.uri.split("/")
-    wild = (i for i, piece in enumerate(pieces) if WILDCARD.search(piece))
-    first = next((i for i in wild if not Location("/".join(pieces[: i + 1])).is_folder()), None)
-    if first is None or source.exists():
-        return source.parent, ""
-    folder = Location("/".join(pieces[:first]) or ("/" if source.uri.startswith("/") else "."))
-    expression = "".join(map(_as_expression, WILDCARD.split("/".join(pieces[first:]))))
-    try:
-        re.compile(expression)
-    except re.error as e:
-        raise ValueError(f"a pattern must be one of *, ?, ** and [...] among text: got {source} ({e})") from e
-    return folder, expression
-
-
-def _as_expression(piece: str) -> str:
-    """One wildcard, or the text between two, as a regular expression."""
-    if piece.startswith("[") and len(piece) > 1:
-        return piece.replace("\\", r"\\").replace("[!", "[^", 1)
-    return {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(piece, re.escape(piece))
-
-
-def _roots_of_runs(root: Location, entries: Sequence[Entry]) -> Iterator[str]:
-    """The folders, as ``a/b/``, that hold a ``run.json`` with the steps of a run; "" is the root itself."""
-    for entry in entries:
-        folder, _, name = entry.name.rpartition("/")
-        if name == ROOT_FILE:
-            try:
-                data = (root / entry.name).read()
-            except OSError as e:
-                why_lost(root, e)  # the images beside it are no less images
-                continue
-            noted = json.loads(json_text(data) or "null")
-            if isinstance(noted, dict) and "steps" in noted:
-                yield folder + "/" if folder else ""
-
-
-def _is_candidate(name: str) -> bool:
-    return not any(map(is_hidden, name.split("/"))) and Path(name).suffix.lower() not in METADATA_SUFFIXES
+    sizes: tuple[int, ...] = ()  # bytes of each file, for "files"
+    sides: tuple[str, ...] = ()  # captions and metadata of files, see ``Listing``
 
 
 def plan_units(listing: Listing, part_rows: int) -> list[Unit]:
@@ -187,27 +69,37 @@ def plan_units(listing: Listing, part_rows: int) -> list[Unit]:
     ``split_parquet`` cuts the last kind further, on a worker, because that needs the file's footer.
     """
     units: list[Unit] = []
-    loose: list[str] = []
+    loose: list[Entry] = []
+    beside = _by_stem([entry.name for entry in listing.sides])
 
     def flush() -> None:
         if loose:
-            units.append(Unit("files", tuple(loose)))
+            sides = dict.fromkeys(side for entry in loose for side in beside.get(stem(entry.name), ()))
+            names, sizes, _ = zip(*loose, strict=True)
+            units.append(Unit("files", names, sizes=sizes, sides=tuple(sides)))
             loose.clear()
 
     for entry in listing.entries:
         suffix = Path(entry.name).suffix.lower()
-        if suffix in (".tar", ".parquet"):
+        if suffix in CONTAINER_SUFFIXES:
             flush()
             units.append(Unit(suffix[1:], (entry.name,)))
         else:
-            loose.append(entry.name)
+            loose.append(entry)
             if len(loose) == part_rows:
                 flush()
     flush()
     return units
 
 
-def split_parquet(unit: Unit, root: Location, part_rows: int) -> list[Unit]:
+def _by_stem(names: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(stem(name), []).append(name)
+    return found
+
+
+def split_parquet(unit: Unit, root: Root, part_rows: int) -> list[Unit]:
     """A Parquet file as runs of row groups with about ``part_rows`` rows each; other units as they are.
 
     A file that cannot be read is one run without row groups: reading it will say what is wrong.
@@ -233,25 +125,71 @@ def split_parquet(unit: Unit, root: Location, part_rows: int) -> list[Unit]:
     return [*runs, unit._replace(first=first, stop=len(sizes), first_row=first_row)]
 
 
-def read_unit(root: Location, unit: Unit, image_column: str, label_column: str) -> Iterator[Record]:
-    """The records of a unit in order, one image's bytes in memory at a time (a row group's for Parquet)."""
-    for name in unit.names:
+def read_unit(root: Root, unit: Unit, image_column: str, label_column: str) -> Iterator[Record]:
+    """The records of a unit in order, one image's bytes in memory at a time (a row group's for Parquet).
+
+    Files on S3 are asked for ahead, see ``ahead``.
+    """
+    if unit.kind == "files":
+        beside = _by_stem(unit.sides)
+        reads = (partial(_loose_file, root, name, beside.get(stem(name), ()), label_column) for name in unit.names)
+        yield from (read() for read in reads) if root.is_local else ahead(reads, unit.sizes)
+        return
+    [name] = unit.names
+    location = file_at(root, name)
+    try:
+        if unit.kind == "tar":
+            with location.local_copy() as path:
+                yield from read_tar(path, name, label_column)
+        else:
+            with _open_parquet(location) as file:
+                yield from _read_row_groups(file, unit, image_column, label_column)
+    except SpoiltParquet as e:
+        yield Record(name, None, None, None, detail=f"must be a Parquet file: {e}")
+    except OSError as e:
+        yield Record(name, None, None, None, detail=why_lost(location, e))
+
+
+def ahead(reads: Iterable[Callable[[], T]], sizes: Iterable[int]) -> Iterator[T]:
+    """What ``reads`` give, in order, several at a time: S3_REQUESTS, of together AHEAD_BYTES unless one is larger.
+
+    ``sizes`` are the bytes that each will have in memory. An error is raised in its turn.
+    """
+    waiting: deque[tuple[int, Future[T]]] = deque()
+    with ThreadPoolExecutor(S3_REQUESTS) as threads:
+        try:
+            for read, size in zip(reads, sizes, strict=True):
+                while waiting and (len(waiting) >= S3_REQUESTS or size + sum(n for n, _ in waiting) > AHEAD_BYTES):
+                    yield waiting.popleft()[1].result()
+                waiting.append((size, threads.submit(read)))
+            while waiting:
+                yield waiting.popleft()[1].result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _loose_file(root: Root, name: str, sides: Sequence[str], label_column: str) -> Record:
+    location = file_at(root, name)
+    try:
+        data = _read_file(location)
+        detail = "" if data is not None else too_long(location.entry().size)
+    except OSError as e:
+        return Record(name, None, None, None, detail=why_lost(location, e))
+    record = Record(name, None, None, data, parent_folder(name_in_source(root, name)), detail=detail)
+    return next(with_side([record], _read_sides(root, sides), label_column))
+
+
+def _read_sides(root: Root, names: Sequence[str]) -> dict[str, bytes]:
+    """What stands beside a file, by suffix without its dot. What cannot be read must not cost the image."""
+    found = {}
+    for name in names:
         location = file_at(root, name)
         try:
-            if unit.kind == "files":
-                data = _read_file(location)
-                detail = "" if data is not None else too_long(location.entry().size)
-                yield Record(name, None, None, data, parent_folder(name), detail=detail)
-            elif unit.kind == "tar":
-                with location.local_copy() as path:
-                    yield from read_tar(path, name, label_column)
-            else:
-                with _open_parquet(location) as file:
-                    yield from _read_row_groups(file, unit, image_column, label_column)
-        except SpoiltParquet as e:
-            yield Record(name, None, None, None, detail=f"must be a Parquet file: {e}")
+            found[Path(name).suffix[1:].lower()] = _read_file(location) or b""
         except OSError as e:
-            yield Record(name, None, None, None, detail=why_lost(location, e))
+            why_lost(location, e)
+    return found
 
 
 def _read_file(location: Location) -> bytes | None:
@@ -260,19 +198,6 @@ def _read_file(location: Location) -> bytes | None:
         return None
     data = location.read() if location.is_local else location.read(0, MAX_FILE_BYTES + 1)
     return data if len(data) <= MAX_FILE_BYTES else None
-
-
-def why_lost(location: Location, error: OSError) -> str:
-    """Why a listed file cannot be read, in words without its place. Raises the error when another try may go well.
-
-    On S3 that is also a refusal: it is about who asks, not about the object.
-    """
-    if isinstance(error, FileNotFoundError):
-        return "cannot be read: it is gone, or a link that leads nowhere"
-    local = isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError)) or error.errno in _ILL_NAMES
-    if not location.is_local or not local:
-        raise error
-    return f"cannot be read: {os.strerror(error.errno or 0)}"
 
 
 class SpoiltParquet(ValueError):
@@ -288,7 +213,8 @@ class _Parquet:
         with self._told():
             self._source = self._readable()
             self._file = pq.ParquetFile(self._source)
-            self.names: list[str] = self._file.schema_arrow.names
+            self.schema: pa.Schema = self._file.schema_arrow
+            self.names: list[str] = self.schema.names
             metadata = self._file.metadata
             self.group_sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             if min(self.group_sizes, default=0) < 0:
@@ -358,14 +284,15 @@ def _open_parquet(location: Location) -> Iterator[_Parquet]:
 def _read_row_groups(file: _Parquet, unit: Unit, image_column: str, label_column: str) -> Iterator[Record]:
     """Rows of a run of row groups; a group that cannot be read is one record without data."""
     name, row = unit.names[0], unit.first_row
-    if image_column not in file.names:
+    column = _image_column(file.schema, image_column)
+    if column is None:
         words = f"must have a column {image_column!r} (image_column) with image bytes: it has {', '.join(file.names)}"
         yield Record(name, None, None, None, detail=utf8_text(words))
         return
     for group in range(unit.first, unit.stop):
         size = file.group_sizes[group]
         try:
-            records = _records_of(file.group(group), name, row, image_column, label_column)
+            records = _records_of(file.group(group), name, row, column, label_column)
         except ValueError as e:
             records = iter([Record(name, None, None, None, detail=f"rows {row} to {row + size - 1}: {e}")])
         yield from records
@@ -381,17 +308,45 @@ def _records_of(table: pa.Table, name: str, row: int, image_column: str, label_c
 
     def record(i: int) -> Record:
         values = {field: cells[i] for field, cells in others}
+        data, lost = images[i].as_py(), ""
+        if data is None:
+            lost = _why_not_downloaded(values)
         return Record(
             name,
             text_of(members[i]),
             row + i,
-            images[i].as_py() or b"",
+            None if lost else data or b"",
             text_of(values.get(label_column)),
             next((text_of(values[field]) for field in CAPTION_COLUMNS if values.get(field)), None),
-            json.dumps(values, sort_keys=True, default=str) if values else None,
+            to_json(values) if values else None,
+            detail=lost,
+            reason=NOT_DOWNLOADED if lost else "",
         )
 
     return map(record, range(table.num_rows))
+
+
+def _why_not_downloaded(values: Mapping[str, Any]) -> str:
+    """What img2dataset says of a row without an image, "" when it says nothing."""
+    status = values.get("status")
+    if not isinstance(status, str) or status in ("", "success"):
+        return ""
+    return utf8_text(str(values.get("error_message") or status))[:_DETAIL_CHARS]
+
+
+def _image_column(schema: pa.Schema, wanted: str) -> str | None:
+    """The column of images: ``wanted``; if that is ``image`` and not there, the first of IMAGE_COLUMNS with bytes."""
+    if wanted in schema.names or wanted != ANY_COLUMN:
+        return wanted if wanted in schema.names else None
+    fields = [schema.field(schema.get_field_index(name)) for name in IMAGE_COLUMNS if schema.names.count(name) == 1]
+    return next((field.name for field in fields if _holds_images(field.type)), None)
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        names = [kind.field(i).name for i in range(kind.num_fields)]
+        return names.count("bytes") == 1 and _is_binary(kind.field(names.index("bytes")).type)
+    return _is_binary(kind)
 
 
 def _one_column(table: pa.Table, name: str) -> pa.ChunkedArray:
@@ -401,12 +356,15 @@ def _one_column(table: pa.Table, name: str) -> pa.ChunkedArray:
 
 
 def _plain(column: pa.ChunkedArray) -> list[Any]:
-    """Cells as Python values; None for one that is none, such as text that is no UTF-8, as for odd JSON in a tar."""
+    """Cells as Python values; None for one that is none, such as text that is no UTF-8, as for odd JSON in a tar.
+
+    Bytes are text, as some writers of Parquet leave it, or None: another image is no metadata.
+    """
     try:
         values: list[Any] = column.to_pylist()
     except (ValueError, ArithmeticError):
         values = [_plain_cell(cell) for cell in column]
-    return values
+    return [bytes_text(value) for value in values] if _is_binary(column.type) else values
 
 
 def _plain_cell(cell: pa.Scalar) -> Any:
@@ -433,7 +391,7 @@ def _is_binary(kind: pa.DataType) -> bool:
     return any(check(kind.value_type if types.is_dictionary(kind) else kind) for check in checks)
 
 
-def read_checked(root: Location, rows: pa.Table, image_column: str = "image") -> Iterator[bytes]:
+def read_checked(root: Root, rows: pa.Table, image_column: str = "image") -> Iterator[bytes]:
     """``read_images``, each image compared with its key. Raises ValueError when one is not what the pool saw."""
     keys = rows["key"].to_pylist()
     for i, data in enumerate(read_images(root, rows, image_column)):
@@ -443,7 +401,7 @@ def read_checked(root: Location, rows: pa.Table, image_column: str = "image") ->
         yield data
 
 
-def read_images(root: Location, rows: pa.Table, image_column: str = "image") -> Iterator[bytes]:
+def read_images(root: Root, rows: pa.Table, image_column: str = "image") -> Iterator[bytes]:
     """The original bytes of pool rows (columns source, offset, n_bytes), in order.
 
     Rows of one container are read together: tars by ranges, Parquet by row group. Raises ValueError when an image
@@ -461,18 +419,18 @@ def read_images(root: Location, rows: pa.Table, image_column: str = "image") -> 
 
 
 def _read_runs(
-    root: Location, sources: list[str], offsets: list[int], lengths: list[int], image_column: str
+    root: Root, sources: list[str], offsets: list[int], lengths: list[int], image_column: str
 ) -> Iterator[bytes]:
-    """Images one after the other; neighbours with one source are read together."""
+    """Images one after the other; neighbours with one source, and those that are files, are read together."""
     start = 0
     while start < len(sources):
-        stop = start + 1
-        while stop < len(sources) and sources[stop] == sources[start]:
+        stop, loose = start + 1, offsets[start] is None
+        while stop < len(sources) and (offsets[stop] is None if loose else sources[stop] == sources[start]):
             stop += 1
         location = file_at(root, sources[start])
-        if offsets[start] is None:
-            for _ in range(start, stop):
-                yield location.read()
+        if loose:
+            reads = (file_at(root, name).read for name in sources[start:stop])
+            yield from (read() for read in reads) if root.is_local else ahead(reads, lengths[start:stop])
         elif sources[start].lower().endswith(".parquet"):
             yield from _read_parquet_rows(location, offsets[start:stop], image_column)
         else:
@@ -481,13 +439,26 @@ def _read_runs(
 
 
 def read_ranges(location: Location, offsets: Sequence[int], lengths: Sequence[int]) -> Iterator[bytes]:
-    """Byte ranges of one file, in the order given; on S3 ranges that nearly touch are one request."""
+    """Byte ranges of one file, in the order given.
+
+    On S3 ranges that nearly touch are one request, and requests are made ahead (see ``ahead``).
+    """
     if location.is_local:
         with location.path.open("rb") as file:
             for offset, length in zip(offsets, lengths, strict=True):
                 file.seek(offset)
                 yield file.read(length)
         return
+    runs = _coalesced(offsets, lengths)
+    reads = (partial(location.read, offset, size) for _, _, offset, size in runs)
+    for (start, stop, first, _), data in zip(runs, ahead(reads, [size for *_, size in runs]), strict=True):
+        for offset, length in zip(offsets[start:stop], lengths[start:stop], strict=True):
+            yield data[offset - first : offset - first + length]
+
+
+def _coalesced(offsets: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """(first range, one after the last, offset, bytes) of requests for ranges that nearly touch."""
+    runs = []
     start = 0
     while start < len(offsets):
         stop, end = start + 1, offsets[start] + lengths[start]
@@ -496,15 +467,17 @@ def read_ranges(location: Location, offsets: Sequence[int], lengths: Sequence[in
                 break
             end = offsets[stop] + lengths[stop]
             stop += 1
-        data = location.read(offsets[start], end - offsets[start])
-        for offset, length in zip(offsets[start:stop], lengths[start:stop], strict=True):
-            yield data[offset - offsets[start] : offset - offsets[start] + length]
+        runs.append((start, stop, offsets[start], end - offsets[start]))
         start = stop
+    return runs
 
 
 def _read_parquet_rows(location: Location, wanted: Sequence[int], image_column: str) -> Iterator[bytes]:
     with _open_parquet(location) as file:
         starts = np.cumsum([0, *file.group_sizes])
+        column = _image_column(file.schema, image_column)
+        if column is None:
+            raise ValueError(f"{location} must have the column {image_column!r} with the images that the pool saw")
         loaded, images = -1, pa.chunked_array([], pa.binary())
         for row in wanted:
             group = int(np.searchsorted(starts, row, side="right")) - 1
@@ -512,8 +485,8 @@ def _read_parquet_rows(location: Location, wanted: Sequence[int], image_column: 
                 raise ValueError(f"{location} must have row {row}: it has {starts[-1]} rows")
             if group != loaded:
                 try:
-                    table = file.group(group, columns=[image_column])
+                    table = file.group(group, columns=[column])
                 except SpoiltParquet as e:
                     raise ValueError(f"{location} must hold the images that the pool saw: {e}") from e
-                loaded, images = group, _image_cells(table[image_column])[1]
+                loaded, images = group, _image_cells(table[column])[1]
             yield images[row - int(starts[group])].as_py() or b""

@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+S3_REQUESTS = 16  # of one process at a time
 READ_TRIES = 3  # of one range, when the connection breaks in the middle of it
 SIDE_PREFIX = ".side-"  # names of unfinished files: never listed, swept when a step starts
 
@@ -324,7 +325,8 @@ def client() -> Any:
     from botocore.config import Config
 
     retries = {"max_attempts": 8, "mode": "standard"}
-    return boto3.session.Session().client("s3", config=Config(retries=retries, connect_timeout=20, read_timeout=60))
+    config = Config(retries=retries, connect_timeout=20, read_timeout=60, max_pool_connections=S3_REQUESTS)
+    return boto3.session.Session().client("s3", config=config)
 
 
 def file_sha256(path: Path) -> str:

@@ -6,16 +6,18 @@ systems leave beside files (``._a.jpg``) are no images.
 
 import io
 import json
+import math
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 # Files that stand beside images and never are one; they are counted as ignored.
 METADATA_SUFFIXES = frozenset(
     f".{name}" for name in "json jsonl txt csv tsv md rst xml yaml yml html cls npy npz log sha256 index py".split()
 )
+SIDE_SUFFIXES = frozenset((".txt", ".json", ".cls"))  # of them, what says something of the image of their name
 CAPTION_COLUMNS = ("caption", "text")
 MAX_FILE_BYTES = 1 << 31  # of an image: no more is read into memory; 12 bytes a pixel of the largest we decode
 _SYSTEM_FILES = frozenset(("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"))  # in lower case
@@ -34,6 +36,7 @@ class Record(NamedTuple):
     caption: str | None = None
     metadata: str | None = None  # JSON
     detail: str = ""
+    reason: str = ""  # why there is no data, when the container says it; "undecodable" otherwise
 
 
 def parent_folder(name: str) -> str | None:
@@ -65,16 +68,17 @@ def read_tar(path: Path, source: str, label_column: str) -> Iterator[Record]:
         for member, data in _tar_members(path):
             key, suffix = split_key(member.name)
             if key != last_key:
-                yield from _with_side(images, side, label_column)
+                yield from with_side(images, side, label_column)
                 images, side, last_key = [], {}, key
             if f".{suffix.rpartition('.')[2]}".lower() in METADATA_SUFFIXES:
                 side[suffix.lower()] = data or b""
             else:
                 detail = "" if data is not None else too_long(member.size) or "a sparse member of a tar"
-                images.append(Record(source, utf8_text(member.name), member.offset_data, data, detail=detail))
+                name = utf8_text(member.name)
+                images.append(Record(source, name, member.offset_data, data, parent_folder(name), detail=detail))
     except tarfile.TarError as e:
         broken = utf8_text(str(e))
-    yield from _with_side(images, side, label_column)
+    yield from with_side(images, side, label_column)
     if broken:
         yield Record(source, None, None, None, detail=broken)
 
@@ -152,8 +156,11 @@ def _next_tar(file: BinaryIO, end: int) -> int | None:
     return None
 
 
-def _with_side(images: Iterable[Record], side: Mapping[str, bytes], label_column: str) -> Iterator[Record]:
-    """The images of one key with the label (else their folder's name), caption and metadata that stand beside them."""
+def with_side(images: Iterable[Record], side: Mapping[str, bytes], label_column: str) -> Iterator[Record]:
+    """The images of one key with the label (else their own), caption and metadata that stand beside them.
+
+    ``side`` are files by their suffix, without its dot: ``txt``, ``json`` and ``cls``.
+    """
     caption = side["txt"].decode("utf-8", "replace") if "txt" in side else None
     metadata = json_text(side.get("json"))
     fields = json.loads(metadata) if metadata else {}
@@ -163,21 +170,50 @@ def _with_side(images: Iterable[Record], side: Mapping[str, bytes], label_column
     if caption is None and isinstance(fields, dict):
         caption = next((text_of(fields[name]) for name in CAPTION_COLUMNS if fields.get(name)), None)
     for image in images:
-        own = parent_folder(image.member or "") if label is None else label
-        yield image._replace(label=own, caption=caption, metadata=metadata)
+        yield image._replace(label=image.label if label is None else label, caption=caption, metadata=metadata)
 
 
 def json_text(data: bytes | None) -> str | None:
     """JSON as text, or None where it is none: metadata that does not parse must not cost the image."""
     try:
-        return json.dumps(json.loads(data), sort_keys=True) if data else None
+        return to_json(json.loads(data)) if data else None
     except (ValueError, RecursionError):
         return None
 
 
+def to_json(value: Any) -> str:
+    """A value as JSON, keys sorted: what JSON has no form for is text, no number is null, bytes are text or null."""
+    try:
+        return json.dumps(value, sort_keys=True, default=_plain, allow_nan=False)
+    except ValueError:  # rare: only then is every value looked at
+        return json.dumps(_without_nan(value), sort_keys=True, default=_plain)
+
+
+def _plain(value: object) -> str | None:
+    return bytes_text(value) if isinstance(value, bytes) else str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def bytes_text(value: bytes | None) -> str | None:
+    """Bytes as text, None where they are none."""
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
 def text_of(value: object) -> str | None:
-    """A metadata value as text: strings as they are, others as JSON, None as None."""
-    return None if value is None else utf8_text(value if isinstance(value, str) else json.dumps(value, default=str))
+    """A metadata value as text: strings as they are, others as JSON, None and NaN as None."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return utf8_text(value if isinstance(value, str) else to_json(value))
 
 
 def utf8_text(text: str) -> str:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from embedding.config import POOLINGS
-from embedding.preprocess import PIXELS_WIDTH, Preprocess, pixel_descriptor, read_hf_preprocess
+from embedding.config import check_pooling, check_precision
+from embedding.fast_decode import Reduced
+from embedding.folder import read_config, weights_sha256
+from embedding.hf_models import load_hf_model
+from embedding.hf_weights import load_hf_vit, uncovered, vit_config
+from embedding.pooling import POOLERS, Features
+from embedding.preprocess import PIXELS_LEAST_SIDE, PIXELS_WIDTH, Preprocess, pixel_descriptor, read_hf_preprocess
 from embedding.vit import Tokens, ViT
 from embedding.vit_config import ViTConfig
 
@@ -37,8 +42,14 @@ class Backbone:
 
     width: int  # of a vector
     identity: dict[str, Any]  # JSON values; equal when the vectors are equal, wherever the weights lie
-    prepare: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]  # one image (h, w, 3) to a network input
+    prepare: Callable[[npt.NDArray[np.uint8] | Reduced], npt.NDArray[np.float32]]  # an image to a network input
     forward: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]  # inputs (n, ...) to vectors (n, width)
+    device: str = "cpu"  # where forward works; inputs for "cuda" come faster from pinned memory
+
+    @property
+    def least_side(self) -> int | None:
+        """Pixels that ``prepare`` makes of a shorter side, for ``decode_reduced``; None: only whole images will do."""
+        return self.prepare.least_side if isinstance(self.prepare, Preprocess) else PIXELS_LEAST_SIDE
 
     def embed(self, images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         """Vectors float32 (n, width), not normalised, of uint8 RGB images (h, w, 3), in one batch."""
@@ -47,27 +58,40 @@ class Backbone:
         return self.forward(np.stack([self.prepare(image) for image in images]))
 
 
-def load_backbone(spec: str, *, pooling: str = "cls", device: str = "cpu") -> Backbone:
+class Running(NamedTuple):
+    """How a network is run."""
+
+    device: str
+    precision: str  # of its products; what is added up and what comes out is float32
+    compiled: bool
+
+
+def load_backbone(
+    spec: str, *, pooling: str = "cls", device: str = "cpu", precision: str = "float32", compiled: bool = False
+) -> Backbone:
     """The backbone that ``spec`` names.
 
     spec: "pixels"; a folder written by ``save_vit``; a folder written by transformers with its
-    preprocessor_config.json (of CLIP and its kin the projected image embedding); a TorchScript file (``.pt``, see
-    ``script_preprocess``) that gives vectors (n, width); or a name on the Hugging Face hub, downloaded once. A folder
-    wins over a name.
-    pooling: "cls", the CLS token after the final norm, or "mean", the mean of the patch tokens. Raises ValueError
-    for a spec that is none of these, ImportError when transformers is needed and missing.
+    preprocessor_config.json; a TorchScript file (``.pt``, see ``script_preprocess``) that gives vectors (n, width); or
+    a name on the Hugging Face hub, downloaded once. A folder wins over a name. DINOv2, with registers, and DINOv3 ViT
+    run in the project's own ViT and need no transformers; see ``embedding.hf_models`` for what others give.
+    pooling: "cls", the CLS token after the final norm (of CLIP and SigLIP the image embedding); "mean" of the patch
+    tokens; "cls+mean", one behind the other; "gem", see ``embedding.pooling``. TorchScript files pool by themselves.
+    precision: "float32", "bfloat16" or "float16" products. compiled: torch.compile of the own ViT, on a GPU alone.
+    Raises ValueError for a spec that is none of these, ImportError when transformers is needed and missing.
     """
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {POOLINGS}: got {pooling!r}")
+    check_pooling(pooling, "pooling")
+    check_precision(precision, "precision")
+    how = Running(device, precision, compiled and device == "cuda")
     if spec == "pixels":
         identity = {"name": "pixels", "weights": None, "preprocess": {"size": 16, "resample": "box"}}
         return Backbone(PIXELS_WIDTH, identity, pixel_descriptor, lambda batch: batch)
     if is_script(spec):
-        return _script_backbone(Path(spec).expanduser(), device)
+        return _script_backbone(Path(spec).expanduser(), how)
     folder = find_folder(spec)
-    if _read_config(folder).get("format") == VIT_FORMAT:
-        return _own_backbone(folder, pooling, device)
-    return _hf_backbone(folder, pooling, device)
+    if read_config(folder).get("format") == VIT_FORMAT:
+        return _own_backbone(folder, pooling, how)
+    return _hf_backbone(folder, pooling, how)
 
 
 def find_folder(spec: str) -> Path:
@@ -133,7 +157,7 @@ def load_vit(folder: str | Path) -> tuple[ViT, Preprocess]:
     Raises ValueError for a folder that is not one, or whose weights are damaged or of another shape.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     if config.get("format") != VIT_FORMAT:
         raise ValueError(f"{folder}/config.json must have format {VIT_FORMAT!r}: got {config.get('format')!r}")
     vit_config = _from_fields(ViTConfig, config.get("vit"), f"{folder}/config.json: vit")
@@ -164,67 +188,73 @@ def _check_side(preprocess: Preprocess, config: ViTConfig) -> None:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"a backbone folder must hold config.json: {folder} does not")
-    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return config
-
-
-def _own_backbone(folder: Path, pooling: str, device: str) -> Backbone:
+def _own_backbone(folder: Path, pooling: str, how: Running) -> Backbone:
     vit, preprocess = load_vit(folder)
-    vit.float().to(device).requires_grad_(False)
-
-    def pooled(batch: Tensor) -> Tensor:
-        tokens: Tokens = vit(batch)
-        return tokens.cls if pooling == "cls" else tokens.patches.mean(1)
-
     config = {k: v for k, v in dataclasses.asdict(vit.config).items() if k not in ("rope_rescale", "drop_path")}
-    identity = _identity(VIT_FORMAT, folder, config, preprocess, pooling)
-    return Backbone(vit.config.width, identity, preprocess, _forward(pooled, device))
+    identity = _identity({"name": VIT_FORMAT}, folder, config, preprocess, pooling, how)
+    return _network_backbone(_vit_features(vit, how), identity, preprocess, pooling, how)
 
 
-def _hf_backbone(folder: Path, pooling: str, device: str) -> Backbone:
+def _hf_backbone(folder: Path, pooling: str, how: Running) -> Backbone:
+    """DINOv2 and DINOv3 by the own ViT, whether transformers is installed or not; other families by transformers.
+
+    Which of the two is said in the identity: their vectors differ in the last bits.
+    """
     preprocess = read_hf_preprocess(folder)
-    model = _load_hf_model(folder).to(device)
-    config = {k: v for k, v in _read_config(folder).items() if k not in ("transformers_version", "_name_or_path")}
-    if hasattr(model, "get_image_features"):
-        return _image_text_backbone(model, folder, config, preprocess, device)
-    n_prefix = 1 + (getattr(model.config, "num_register_tokens", 0) or 0)
-
-    def pooled(batch: Tensor) -> Tensor:
-        tokens: Tensor = model(pixel_values=batch).last_hidden_state
-        if tokens.ndim != 3:
-            raise ValueError(
-                f"the backbone must give tokens (n, tokens, width): got {tuple(tokens.shape)} from {folder}"
-            )
-        return tokens[:, 0] if pooling == "cls" else tokens[:, n_prefix:].mean(1)
-
-    identity = _identity(str(model.config.model_type), folder, config, preprocess, pooling)
-    return Backbone(model.config.hidden_size, identity, preprocess, _forward(pooled, device))
+    config = {k: v for k, v in read_config(folder).items() if k not in ("transformers_version", "_name_or_path")}
+    if uncovered(config) is None:
+        network = VIT_FORMAT
+        _check_side(preprocess, vit_config(config))
+        features = _vit_features(load_hf_vit(folder, preprocess.side), how)
+    else:
+        network = "transformers"
+        features = load_hf_model(folder, how.device)
+    name = {"name": str(config.get("model_type")), "network": network}
+    identity = _identity(name, folder, config, preprocess, pooling, how)
+    return _network_backbone(features, identity, preprocess, pooling, how)
 
 
-def _image_text_backbone(model: Any, folder: Path, config: Any, preprocess: Preprocess, device: str) -> Backbone:
-    """CLIP and its kin: the vector is the projected image embedding, which the model pools by itself."""
+def _vit_features(vit: ViT, how: Running) -> Callable[[Tensor], Features]:
+    vit.float().to(how.device).requires_grad_(False)
+    if how.compiled:
+        vit.compile()
 
-    def pooled(batch: Tensor) -> Tensor:
-        found = model.get_image_features(pixel_values=batch)
-        vectors: Tensor = getattr(found, "pooler_output", found)  # a tensor before transformers 5
-        return vectors
+    def features(images: Tensor) -> Features:
+        tokens: Tokens = vit(images)
+        return Features(tokens.cls, tokens.patches)
 
-    forward = _forward(pooled, device)
-    width = forward(np.zeros((1, 3, preprocess.side, preprocess.side), np.float32)).shape[1]
-    identity = _identity(str(model.config.model_type), folder, config, preprocess, "model")
-    return Backbone(width, identity, preprocess, forward)
+    return features
 
 
-def _script_backbone(script: Path, device: str) -> Backbone:
+def _network_backbone(
+    features: Callable[[Tensor], Features],
+    identity: dict[str, Any],
+    preprocess: Preprocess,
+    pooling: str,
+    how: Running,
+) -> Backbone:
+    pool = POOLERS[pooling]
+
+    with torch.inference_mode():  # one image, for the width and for what does not fit
+        try:
+            found = features(torch.zeros(1, 3, preprocess.side, preprocess.side, device=how.device))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as e:
+            raise ValueError(f"{identity['name']} must take images of {preprocess.side} pixels: {e}") from e
+        width = pool(found).shape[1]
+    forward = _forward(lambda images: pool(features(images)), how)
+    return Backbone(width, identity, preprocess, forward, how.device)
+
+
+def _script_backbone(script: Path, how: Running) -> Backbone:
+    if how.precision != "float32":
+        raise ValueError(f"precision must be float32 with a TorchScript file: got {how.precision}")
     if not script.is_file():
         raise ValueError(f"backbone must be 'pixels', a folder, a file or a Hugging Face name: no file {script}")
     preprocess = script_preprocess(script)
     try:
-        model = torch.jit.load(script, map_location=device).eval()  # type: ignore[no-untyped-call]
+        model = torch.jit.load(script, map_location=how.device).eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as e:
         raise ValueError(f"{script} must be a TorchScript file: {str(e).splitlines()[0]}") from e
 
@@ -234,94 +264,59 @@ def _script_backbone(script: Path, device: str) -> Backbone:
             raise ValueError(f"a TorchScript backbone must give vectors (n, width): got {tuple(vectors.shape)}")
         return vectors
 
-    forward = _forward(pooled, device)
+    forward = _forward(pooled, how)
     width = forward(np.zeros((1, 3, preprocess.side, preprocess.side), np.float32)).shape[1]
     with script.open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     name = script.name.split(".")[0]
     identity = {"name": name, "weights": weights, "preprocess": dataclasses.asdict(preprocess)}
-    return Backbone(width, json.loads(json.dumps(identity)), preprocess, forward)
+    return Backbone(width, json.loads(json.dumps(identity)), preprocess, forward, how.device)
 
 
 def _forward(
-    pooled: Callable[[Tensor], Tensor], device: str
+    pooled: Callable[[Tensor], Tensor], how: Running
 ) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+    dtype, reduced = getattr(torch, how.precision), how.precision != "float32"
+
     def forward(batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        with torch.inference_mode():
-            vectors: npt.NDArray[np.float32] = pooled(torch.from_numpy(batch).to(device)).float().cpu().numpy()
+        # A batch in pinned memory is copied while the GPU still works.
+        images = torch.from_numpy(batch).to(how.device, non_blocking=True)
+        with torch.inference_mode(), torch.autocast(how.device, dtype, enabled=reduced):
+            vectors: npt.NDArray[np.float32] = pooled(images).float().cpu().numpy()
         return vectors
 
     return forward
 
 
-def _identity(name: str, folder: Path, config: Any, preprocess: Preprocess, pooling: str) -> dict[str, Any]:
+def _identity(
+    name: dict[str, Any], folder: Path, config: Any, preprocess: Preprocess, pooling: str, how: Running
+) -> dict[str, Any]:
     identity = {
-        "name": name,
-        "weights": _weights_sha256(folder),
+        **name,
+        "weights": weights_sha256(folder),
         "config": config,
         "preprocess": dataclasses.asdict(preprocess),
         "pooling": pooling,
+        "precision": how.precision,
     }
     as_json: dict[str, Any] = json.loads(json.dumps(identity, sort_keys=True))  # tuples as they come back from a file
     return as_json
-
-
-def _weights_sha256(folder: Path) -> str:
-    """Of the one weights file, or of the list of digests when the weights are in several."""
-    digests = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    if not digests:
-        raise ValueError(f"a backbone folder must hold its weights as *.safetensors (pickle is not read): {folder}")
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def _load_hf_model(folder: Path) -> Any:
-    """A transformers model in eval mode, float32, every weight from the folder."""
-    _weights_sha256(folder)  # its message comes before that of transformers
-    _need_transformers(str(folder))
-    from transformers import AutoModel
-
-    try:
-        model, info = AutoModel.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise ValueError(f"{folder} must hold a model that transformers knows, whole and without code: {e}") from e
-    missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler.") and "mask_token" not in k)
-    if missing:  # transformers would fill them with random values
-        raise ValueError(
-            f"{folder} must hold every weight of the model: {len(missing)} are missing, first {missing[0]}"
-        )
-    if not hasattr(model, "get_image_features") and not isinstance(getattr(model.config, "hidden_size", None), int):
-        raise ValueError(
-            f"the model must be an image encoder with hidden_size: got {model.config.model_type} in {folder}"
-        )
-    return model.eval().requires_grad_(False)
-
-
-def _need_transformers(spec: str) -> None:
-    try:
-        import transformers  # noqa: F401
-    except ImportError as e:
-        raise ImportError(f"backbone {spec!r} needs the package transformers: pip install 'openlvd[hf]'") from e
 
 
 def _download(name: str) -> Path:
     """The local copy of a model on the hub: its configs and safetensors, no code and no pickle."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"backbone must be 'pixels', a folder or a Hugging Face name: no folder {name!r}")
-    _need_transformers(name)
-    from huggingface_hub import snapshot_download
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as e:
+        raise ImportError(f"backbone {name!r} is to come from the hub: pip install 'openlvd[hf]'") from e
 
     patterns = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as e:
-        raise ValueError(f"backbone must be 'pixels', a folder or a Hugging Face name: got {name!r}: {e}") from e
+        first = next(
+            iter(str(e).strip().splitlines()), type(e).__name__
+        )  # the hub says several, with advice for its own callers
+        raise ValueError(f"backbone must be 'pixels', a folder or a Hugging Face name: got {name!r}: {first}") from e

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile
 
+from embedding.fast_decode import Reduced, at_centres, covered, shrink
+
 MAX_PIXELS = 178_956_970  # a twelfth of 2 ** 31: half a gibibyte of RGB
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # names in Pillow
@@ -45,6 +47,7 @@ _DETAIL_CHARS = 200
 # JPEG: a block of 8 x 8 has at least a bit.
 _PIXELS_A_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64}
 _MAX_SCANS = 500  # of a JPEG: each is a pass over the whole picture; encoders write some ten
+_SIDEWAYS = (5, 6, 7, 8)  # orientations of EXIF in which rows and columns change places
 _PNG_NEEDED = (b"tRNS", b"eXIf")  # chunks that change the picture though a decoder may leave them out
 
 
@@ -74,16 +77,32 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint
     deep pixels.
     """
     decoded = _decode(data, max_pixels)
+    return decoded if isinstance(decoded, BadImage) else decoded[1].pixels
+
+
+def decode_reduced(data: bytes, least_side: int | None, max_pixels: int = MAX_PIXELS) -> Reduced | BadImage:
+    """As ``decode_rgb``; a JPEG so large that it is to be shrunk anyway is decoded at 1/2, 1/4 or 1/8.
+
+    least_side: pixels that the shorter side is to be resized to. None: never at less than its size. The same files are
+    bad, for the same reasons.
+    """
+    decoded = _decode(data, max_pixels, least_side)
     return decoded if isinstance(decoded, BadImage) else decoded[1]
 
 
 def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFacts | BadImage:
     """Format and upright size of an image that decodes to its last pixel. Memory as ``decode_rgb``."""
+    inspected = inspect_pixels(data, max_pixels)
+    return inspected if isinstance(inspected, BadImage) else inspected[0]
+
+
+def inspect_pixels(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[ImageFacts, npt.NDArray[np.uint8]] | BadImage:
+    """As ``inspect_image``, with the picture that ``decode_rgb`` gives."""
     decoded = _decode(data, max_pixels)
     if isinstance(decoded, BadImage):
         return decoded
-    name, pixels = decoded
-    return ImageFacts(name, width=pixels.shape[1], height=pixels.shape[0])
+    name, picture = decoded
+    return ImageFacts(name, width=picture.width, height=picture.height), picture.pixels
 
 
 def check_size(facts: ImageFacts, min_side: int, max_aspect_ratio: float) -> BadImage | None:
@@ -96,17 +115,17 @@ def check_size(facts: ImageFacts, min_side: int, max_aspect_ratio: float) -> Bad
     return None
 
 
-def _decode(data: bytes, max_pixels: int) -> tuple[str, npt.NDArray[np.uint8]] | BadImage:
-    decoded = _decode_as_is(data, max_pixels)
+def _decode(data: bytes, max_pixels: int, least_side: int | None = None) -> tuple[str, Reduced] | BadImage:
+    decoded = _decode_as_is(data, max_pixels, least_side)
     if isinstance(decoded, BadImage) and data.startswith(b"\x89PNG") and decoded.reason == "undecodable":
         # Pillow refuses a picture for what stands beside it: a text bomb, a colour profile, a checksum of a comment.
         bare = _needed_chunks(data)
-        again = _decode_as_is(bare, max_pixels) if len(bare) < len(data) else decoded
+        again = _decode_as_is(bare, max_pixels, None) if len(bare) < len(data) else decoded
         return decoded if isinstance(again, BadImage) else again
     return decoded
 
 
-def _decode_as_is(data: bytes, max_pixels: int) -> tuple[str, npt.NDArray[np.uint8]] | BadImage:
+def _decode_as_is(data: bytes, max_pixels: int, least_side: int | None) -> tuple[str, Reduced] | BadImage:
     try:
         with _QUIET_PILLOW, _open(data) as image:
             if image.width * image.height > max_pixels:  # from the header, before decoding
@@ -114,14 +133,22 @@ def _decode_as_is(data: bytes, max_pixels: int) -> tuple[str, npt.NDArray[np.uin
             name = "jpeg" if image.format == "MPO" else str(image.format).lower()  # MPO: several JPEGs in one file
             _check_claims(data, name.upper(), image.width, image.height)
             frame = image.tile[0][1] if name == "gif" and image.tile else None
+            size, scale = image.size, shrink(image, least_side)
             image.load()
-            pixels = _upright(_on_white(to_rgb8(image), frame), _orientation(image))
+            turn = _orientation(image)
+            pixels = _upright(at_centres(_on_white(to_rgb8(image), frame), scale), turn)
     except Image.DecompressionBombError as e:  # Pillow's own limit, from the header too
         return BadImage("too_large", str(e))
     except _DECODER_ERRORS as e:
         words = f"{type(e).__name__}: {e}".encode("ascii", "backslashreplace").decode()
         return BadImage("undecodable", words[:_DETAIL_CHARS])
-    return (name, pixels) if pixels.size else BadImage("undecodable", f"no pixels: {pixels.shape}")
+    if not pixels.size:
+        return BadImage("undecodable", f"no pixels: {pixels.shape}")
+    if scale == 1:
+        height, width = pixels.shape[:2]
+        return name, Reduced(pixels, width, height, (0, 0, width, height))
+    width, height = size[::-1] if turn in _SIDEWAYS else size
+    return name, Reduced(pixels, width, height, covered(pixels.shape, size, scale, turn))
 
 
 def _check_claims(data: bytes, kind: str, width: int, height: int) -> None:
@@ -258,7 +285,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(x: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
-    if orientation in (5, 6, 7, 8):  # rows and columns change places
+    if orientation in _SIDEWAYS:
         x = x.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
         x = x[:, ::-1]

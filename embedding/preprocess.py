@@ -6,6 +6,7 @@ number of threads.
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from embedding.fast_decode import Reduced
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PIXELS_WIDTH = 768  # 16 * 16 * 3
+PIXELS_LEAST_SIDE = 128  # as ``least_side``: so that each of the 16 is a mean of some 10 pixels or more
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -24,6 +28,7 @@ _RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
     "box": Image.Resampling.BOX,
 }
+_WITH_EDGES = ("nearest", "box")  # filters that jump: which pixels they take hangs on the last bit of a position
 _MAX_STRIP = 32  # longer side over shorter side; what lies beyond is far outside every centre crop
 
 
@@ -56,20 +61,41 @@ class Preprocess:
         """Height and width of the output, pixels."""
         return self.size if self.crop is None else self.crop
 
-    def __call__(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    @property
+    def least_side(self) -> int | None:
+        """What the shorter side of an image is resized to, for ``decode_reduced``; None: only whole images will do."""
+        return None if self.resample in _WITH_EDGES else self.size
+
+    def __call__(self, image: npt.NDArray[np.uint8] | Reduced) -> npt.NDArray[np.float32]:
         """Float32 (3, side, side) of a uint8 RGB image (h, w, 3). Raises ValueError for another array.
 
-        A strip longer than 32 times its width loses its ends first, so that memory stays O(input + size ** 2).
+        Of a ``Reduced`` image only what the crop shows is resized: equal within rounding. An array that is longer than
+        32 times its width loses its ends first. So memory stays O(input + size ** 2).
         """
+        pixels = self.cropped(image)
+        out = np.empty((3, self.side, self.side), np.float32)
+        for channel, values in enumerate(_normalised(self.scale, tuple(self.mean), tuple(self.std))):
+            np.take(values, pixels[:, :, channel], out=out[channel], mode="clip")  # a byte is always in range
+        return out
+
+    def cropped(self, image: npt.NDArray[np.uint8] | Reduced) -> npt.NDArray[np.uint8]:
+        """Resized and cropped, uint8 (side, side, 3): what is then normalised."""
+        if isinstance(image, Reduced) and self.resample in _WITH_EDGES:
+            image = image.pixels  # decoded whole, since there is no ``least_side``
+        if isinstance(image, Reduced):
+            size = self._resized_size((image.height, image.width))
+            left, top = self._corner(*size)
+            box = (left, top, left + self.side, top + self.side)
+            return image.resized(size, box, _RESAMPLE[self.resample])
         check_rgb8(image)
         if self.keep_aspect:
             image = _without_far_ends(image)
         resized = Image.fromarray(image).resize(self._resized_size(image.shape), _RESAMPLE[self.resample])
-        left, top = (resized.width - self.side) // 2, (resized.height - self.side) // 2
-        pixels = np.asarray(resized.crop((left, top, left + self.side, top + self.side)))
-        mean, std = (np.array(values, np.float32) for values in (self.mean, self.std))
-        scaled: npt.NDArray[np.float32] = (pixels * self.scale).astype(np.float32)
-        return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
+        left, top = self._corner(resized.width, resized.height)
+        return np.asarray(resized.crop((left, top, left + self.side, top + self.side)))
+
+    def _corner(self, width: int, height: int) -> tuple[int, int]:
+        return (width - self.side) // 2, (height - self.side) // 2
 
     def _resized_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Pillow's (width, height) after resizing."""
@@ -79,6 +105,16 @@ class Preprocess:
         if width <= height:
             return self.size, int(self.size * height / width)
         return int(self.size * width / height), self.size
+
+
+@cache
+def _normalised(
+    scale: float, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> npt.NDArray[np.float32]:
+    """What each of the 256 bytes becomes in each channel, float32 (3, 256): a look-up instead of arithmetic."""
+    scaled = (np.arange(256) * scale).astype(np.float32)
+    table: npt.NDArray[np.float32] = (scaled - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+    return table
 
 
 def check_rgb8(image: npt.NDArray[Any]) -> None:
@@ -125,6 +161,27 @@ def read_hf_preprocess(folder: str | Path) -> Preprocess:
     )
 
 
+def write_hf_preprocess(folder: str | Path, preprocess: Preprocess) -> None:
+    """Write ``preprocessor_config.json``, from which ``read_hf_preprocess`` and transformers read the same."""
+    size, crop = preprocess.size, preprocess.crop
+    config = {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size} if preprocess.keep_aspect else {"height": size, "width": size},
+        "resample": int(_RESAMPLE[preprocess.resample]),
+        "do_center_crop": crop is not None,
+        "crop_size": None if crop is None else {"height": crop, "width": crop},
+        "do_rescale": True,
+        "rescale_factor": preprocess.scale,
+        "do_normalize": True,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+    }
+    aside = Path(folder) / ".aside"
+    aside.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", "utf-8")
+    aside.replace(Path(folder) / "preprocessor_config.json")
+
+
 def _value(config: dict[str, Any], key: str, path: Path) -> Any:
     if config.get(key) is None:
         raise ValueError(f"{path} must give {key}: it is absent")
@@ -155,15 +212,19 @@ def _resample_name(code: int, path: Path) -> str:
     raise ValueError(f"{path}: resample must be one of {sorted(map(int, _RESAMPLE.values()))}: got {code}")
 
 
-def pixel_descriptor(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def pixel_descriptor(image: npt.NDArray[np.uint8] | Reduced) -> npt.NDArray[np.float32]:
     """The image as 16 x 16 RGB averages without their mean: a float32 unit vector (768,), row-major RGB.
 
     A crude descriptor of layout and colour: enough to find near copies, and for tests. When all
     768 values are equal (a gray image of one tone) there is no direction: it is the first axis by rule, so that such
     images are copies of one another. image: uint8 (h, w, 3), any size. Raises ValueError for another array.
     """
-    check_rgb8(image)
-    small = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BOX), dtype=np.float64).ravel()
+    if isinstance(image, Reduced):
+        tiny = image.resized((16, 16), (0, 0, 16, 16), Image.Resampling.BOX)
+    else:
+        check_rgb8(image)
+        tiny = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BOX))
+    small = tiny.ravel().astype(np.float64)
     small -= small.mean()
     norm = float(np.linalg.norm(small))
     if norm < 1e-6:

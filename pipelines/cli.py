@@ -17,6 +17,7 @@ from rich.table import Table
 
 from curation.store import Location
 from pipelines.commands import PanelGroup, add_stage_commands, read_value
+from pipelines.crawl.command import add_crawl_commands
 from pipelines.engine import StepResult, last_seconds, plan_recipe, read_root
 from pipelines.errors import TaskError, UserError
 from pipelines.executor import Resources
@@ -151,7 +152,7 @@ MaxDropFraction = Annotated[
 @app.command("dedup-folder")
 def dedup_folder(
     photos: Photos,
-    kept: Annotated[str, typer.Argument(metavar="KEPT", help="A new folder for the images that stay.")],
+    kept: Annotated[str, typer.Option("--out", metavar="KEPT", help="A new folder for the images that stay.")],
     min_similarity: MinSimilarity = None,
     backbone: BackboneName = "pixels",
     max_drop_fraction: MaxDropFraction = 0.5,
@@ -221,6 +222,7 @@ def show_result(result: StepResult, as_json: bool) -> None:
         print(f"\n{result.location}")
 
 
+add_crawl_commands(app, show_result)
 add_stage_commands(app, show_result)
 
 

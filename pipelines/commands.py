@@ -15,6 +15,7 @@ import textwrap
 import tokenize
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -30,7 +31,7 @@ from pipelines.errors import UserError
 from pipelines.executor import Resources
 from pipelines.launch import open_executor
 from pipelines.progress import StepProgress
-from pipelines.recipe import Step, or_list, parse_step, structure
+from pipelines.recipe import Step, is_required, or_list, parse_step, structure
 from pipelines.stage import Stage
 from pipelines.stages.table import STAGES
 
@@ -116,27 +117,34 @@ def make_command(name: str, stage: Stage, show: Show) -> Callable[..., None]:
     def command(**given: Any) -> None:
         show(run_command(name, stage, given), given["as_json"])
 
-    parameters = [
-        inspect.Parameter(
-            option.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False if option.annotation is bool else None,
-            annotation=Annotated[
-                option.annotation,
-                typer.Option(
-                    option.flags,
-                    metavar=option.metavar,
-                    help=option.help,
-                    rich_help_panel=option.panel,
-                    show_default=False,
-                ),
-            ],
-        )
-        for option in [*input_options(stage), *setting_options(stage), *run_options()]
-    ]
+    options = [*input_options(stage), *setting_options(stage), *run_options()]
+    set_signature(command, [parameter(option) for option in options])
+    return command
+
+
+def parameter(option: Option) -> inspect.Parameter:
+    """The parameter of a command's function that is an option."""
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if option.annotation is bool else None,
+        annotation=Annotated[
+            option.annotation,
+            typer.Option(
+                option.flags,
+                metavar=option.metavar,
+                help=option.help,
+                rich_help_panel=option.panel,
+                show_default=False,
+            ),
+        ],
+    )
+
+
+def set_signature(command: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
+    """Have a function of any keywords say which it takes, as typer reads it."""
     vars(command)["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {}
-    return command
 
 
 def flag(name: str) -> str:
@@ -150,7 +158,8 @@ def input_options(stage: Stage) -> Iterator[Option]:
     for key, kinds in stage.reads.items():
         yield Option(key, flag(key), str | None, "PATH", f"{an_artifact(kinds)}  [required]", "Inputs")
     for key, kinds in stage.lists.items():
-        help = f"{an_artifact(kinds)}, the option once for each, in order; {docs[key].text}  [required]"
+        needed = "  [required]" if is_required(stage.config, key) else "; may be left out"
+        help = f"{an_artifact(kinds)}, the option once for each, in order; {docs[key].text}{needed}"
         yield Option(key, flag(key), list[str] | None, "[NAME=]PATH", help, "Inputs")
     for key, kinds in stage.step_or_value.items():
         required = "  [required]" if is_required(stage.config, key) else ""
@@ -202,12 +211,6 @@ def settings_of(stage: Stage) -> list[dataclasses.Field[Any]]:
     return [
         field for field in dataclasses.fields(stage.config) if field.name not in {**stage.lists, **stage.step_or_value}
     ]
-
-
-def is_required(config: type, name: str) -> bool:
-    """Whether a field has no default."""
-    field = next(field for field in dataclasses.fields(config) if field.name == name)
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:
@@ -331,6 +334,8 @@ def read_value(text: Any, kind: Any, option: str, owner: str) -> Any:
     plain = set(get_args(kind) or [kind]) - {type(None)} == {str} and get_origin(kind) is not tuple
     if not isinstance(text, str) or (plain and not (text == "null" and kind is not str)):
         return text
+    if {str, tuple[str, ...]} <= set(get_args(kind)):  # one text, or a list of some
+        return read_texts(text)
     try:
         return json.loads(text)  # first, because 1e-3 is a number there, and text in YAML
     except ValueError:
@@ -339,6 +344,14 @@ def read_value(text: Any, kind: Any, option: str, owner: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise UserError(f"{option} must be YAML: got {text!r}", see_help(owner)) from e
+
+
+def read_texts(text: str) -> Any:
+    """The list that a text is, or the text: names of files may look like YAML."""
+    if text.startswith("[") and text.endswith("]"):
+        with suppress(yaml.YAMLError):
+            return yaml.safe_load(text)
+    return text
 
 
 def read_inputs(stage: Stage, given: Mapping[str, Any]) -> dict[str, Artifact]:

@@ -12,7 +12,7 @@ from curation.artifact import Artifact, Counts, at_path, finish
 from curation.store import Location
 from pipelines.errors import TaskError, UserError
 from pipelines.executor import LocalExecutor
-from pipelines.fingerprint import Prepared, config_values, look_outside, prepare
+from pipelines.fingerprint import Prepared, config_values, fingerprint_of, look_outside, prepare
 from pipelines.lock import lock_root
 from pipelines.numerics import numerics
 from pipelines.ray_executor import RayExecutor
@@ -24,6 +24,7 @@ FINGERPRINT = "fingerprint"  # in the scratch of a step at a place that does not
 NUMERICS = "numerics.json"  # in the scratch of every step: the kind of machine that makes it
 RUN_FILE = "run.json"  # which artifact each step of the last run on this root is at
 LOG_FILE = "run.jsonl"  # beside a manifest: times and hosts, a line an attempt
+BEGUN = (f"{SCRATCH}/{FINGERPRINT}", f"{SCRATCH}/{NUMERICS}", LOG_FILE)  # what a step writes before its first file
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def run_step(prepared: Prepared, root: Location, executor: LocalExecutor | RayEx
         "facts": out.facts,
         "numerics": numerics(),
     }
-    log_run(prepared.location, {"seconds": round(time.time() - started, 3), "counts": counts})
+    log = {name: round(value, 3) for name, value in out.log.items()}
+    log_run(prepared.location, {"seconds": round(time.time() - started, 3), "counts": counts, **log})
     finish(prepared.location, out.files, head)
     return counts
 
@@ -96,6 +98,8 @@ def check_place(prepared: Prepared, mixed_machines: bool) -> None:
     if artifact.is_complete():
         found, what = str(artifact.manifest.get("fingerprint")), f"a finished {artifact.stage} artifact"
     elif (at / SCRATCH / FINGERPRINT).exists():
+        if all(entry.name in BEGUN or entry.name.startswith(".") for entry in at.list()):
+            return  # what was begun there failed before it made anything
         found, what = (at / SCRATCH / FINGERPRINT).read().decode(), "parts"
     else:
         others = [entry.name for entry in at.list() if not entry.name.startswith(".")] if at.is_folder() else []
@@ -163,20 +167,25 @@ def run_recipe(
     """Run the steps in order, each result as it is there. ``on_step`` gives the progress callback of a step.
 
     ``places`` are where steps go that are not to be below the root; the next run finds them there again.
-    Raises UserError or TaskError; what is finished stays, and the next run goes on from there.
+    Raises UserError or TaskError; what is finished stays, and the next run goes on from there. The notes of the last
+    run stay for the steps that this one has not come to, as far as it would find them done.
     """
     steps = chosen_steps(recipe, until)
     root = root.resolved()
     outside = look_outside(steps)
     with lock_root(root, say):
         done: dict[str, Artifact] = {}
-        elsewhere = noted_elsewhere(root)
-        note_run(root, recipe, done)
+        earlier = noted_before(root)
+        elsewhere = outside_root(root, earlier)
+        noted = still_valid(recipe, done, earlier)
+        note_run(root, recipe, noted)
         for step in steps:
             prepared = prepare(step, done, root, outside, (places or {}).get(step.name))
             artifact, result = finish_step(where_it_is(prepared, elsewhere), root, executor, on_step)
             done[step.name] = artifact
-            note_run(root, recipe, done)
+            if step.name not in noted or noted[step.name].location != artifact.location:
+                noted = still_valid(recipe, done, earlier)
+                note_run(root, recipe, noted)
             yield result
 
 
@@ -195,7 +204,10 @@ def run_alone(
     """
     place = place.resolved()
     prepared = prepare(step, inputs, place, look_outside([step]), place)
-    for name, at in prepared.locations.items():
+    sources = [
+        (name, at) for name, some in prepared.locations.items() for at in ([some] if isinstance(some, str) else some)
+    ]
+    for name, at in sources:
         if f"{place}/".startswith(f"{at.rstrip('/')}/"):
             raise UserError(f"{place} must not be in the {name}: got {at}", "choose another --out")
     check_place(prepared, executor.resources.mixed_machines)  # before the lock, which leaves a file there
@@ -229,23 +241,55 @@ def chosen_steps(recipe: Recipe, until: str | None) -> tuple[Step, ...]:
     return recipe.steps[: names.index(until) + 1]
 
 
-def note_run(root: Location, recipe: Recipe, done: Mapping[str, Artifact]) -> None:
+def note_run(root: Location, recipe: Recipe, noted: Mapping[str, Artifact]) -> None:
     """Write which artifact each step is at, so that a root can be read without its recipe."""
     steps = {
-        step.name: {"stage": step.stage, "path": relative_path(done[step.name].location, root)}
-        if step.name in done
+        step.name: {"stage": step.stage, "path": relative_path(noted[step.name].location, root)}
+        if step.name in noted
         else {"stage": step.stage, "path": None}
         for step in recipe.steps
     }
     (root / RUN_FILE).write((json.dumps({"seed": recipe.seed, "steps": steps}, indent=1) + "\n").encode())
 
 
-def noted_elsewhere(root: Location) -> dict[str, Location]:
-    """The steps of the last run on a root that were made outside it, and where."""
-    if not (root / RUN_FILE).exists():
+def noted_before(root: Location) -> dict[str, Artifact]:
+    """The steps that the last run on a root has come to; none when its notes are not there or cannot be read."""
+    try:
+        return {name: artifact for name, artifact in read_root(root).items() if artifact is not None}
+    except UserError:  # notes spare work, and this run writes them anew
         return {}
-    steps = json.loads((root / RUN_FILE).read())["steps"]
-    found = {name: at_path(root, entry["path"]) for name, entry in steps.items() if entry["path"]}
+
+
+def still_valid(recipe: Recipe, done: Mapping[str, Artifact], earlier: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """What is done of a recipe, and of the other steps what an earlier run has left and this one would leave.
+
+    That is what has the fingerprint that follows from what is valid of the steps above; what is outside counts as it
+    was then.
+    """
+    valid: dict[str, Artifact] = {}
+    for step in recipe.steps:
+        before = earlier.get(step.name)
+        if step.name in done:
+            valid[step.name] = done[step.name]
+        elif before is not None and all(source in valid for source in step.inputs.values()):
+            inputs = {name: valid[source] for name, source in step.inputs.items()}
+            if is_made_of(before, step, inputs):
+                valid[step.name] = before
+    return valid
+
+
+def is_made_of(artifact: Artifact, step: Step, inputs: Mapping[str, Artifact]) -> bool:
+    """Whether an artifact is what a step makes of these inputs; not when its manifest is missing or spoilt."""
+    try:
+        fingerprint: str = artifact.manifest["fingerprint"]
+        return fingerprint == fingerprint_of(step, inputs, artifact.manifest["found"])
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def outside_root(root: Location, steps: Mapping[str, Artifact]) -> dict[str, Location]:
+    """The steps that were made outside a root, and where."""
+    found = {name: artifact.location for name, artifact in steps.items()}
     return {name: at for name, at in found.items() if not at.uri.startswith(root.uri.rstrip("/") + "/")}
 
 
@@ -264,7 +308,7 @@ def plan_recipe(recipe: Recipe, root: Location, until: str | None = None) -> Ite
     done: dict[str, Artifact] = {}
     steps = chosen_steps(recipe, until)
     outside = look_outside(steps)
-    elsewhere = noted_elsewhere(root)
+    elsewhere = outside_root(root, noted_before(root))
     for step in steps:
         if any(source not in done for source in step.inputs.values()):
             yield StepResult(step.name, step.stage, "to do after its inputs", {}, 0.0, None)
@@ -283,11 +327,32 @@ def plan_recipe(recipe: Recipe, root: Location, until: str | None = None) -> Ite
 def read_root(root: Location) -> dict[str, Artifact | None]:
     """The steps of the last run on a root and their artifacts, None where a step is not finished. Raises UserError."""
     root = root.resolved()
-    try:
-        noted = json.loads((root / RUN_FILE).read())
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise UserError(f"{root} must be the root of a run: it has no {RUN_FILE}", "start one with openlvd run") from e
     return {
         name: Artifact(at_path(root, entry["path"])) if entry["path"] else None
-        for name, entry in noted["steps"].items()
+        for name, entry in read_notes(root).items()
     }
+
+
+def read_notes(root: Location) -> dict[str, dict[str, str | None]]:
+    """The ``stage`` of every step of the last run on a root, and its ``path``, None where it is not finished.
+
+    Raises UserError when there are no such notes, or none that can be read.
+    """
+    try:
+        steps = json.loads((root / RUN_FILE).read())["steps"]
+        return {str(name): {"stage": str(entry["stage"]), "path": as_path(entry["path"])}
+                for name, entry in steps.items()}  # fmt: skip
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UserError(f"{root} must be the root of a run: it has no {RUN_FILE}", "start one with openlvd run") from e
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"{root} must be the root of a run: its {RUN_FILE} does not say the steps of one",
+            "check the path; a run of the recipe writes that file anew",
+        ) from e
+
+
+def as_path(value: object) -> str | None:
+    """A path as notes have it, None for none. Raises TypeError or ValueError for what is no path."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"a path must be text: got {value!r}")
+    return Location(value).uri if value else None

@@ -25,7 +25,10 @@ class Resources:
 
     workers: int = 0  # tasks at a time; 0: one for every core
     gpus: float = 0.0  # of one worker with a model
-    loader_workers: int = 1  # processes that decode and crop for the trainer; 0: in its own process
+    loader_workers: int = 1  # processes that decode and crop for the trainer, threads that decode ahead in a worker
+    # of embed; 0: none, all in turn
+    batch: int = 256  # images a forward of embed on a GPU; on a CPU it is fixed, for the sake of the same bytes
+    compile: bool = False  # embed on a GPU: torch.compile of a ViT; it takes a minute and pays on large pools
     checkpoint_every: int = 200  # trainer steps between checkpoints: what a kill can cost
     mixed_machines: bool = False  # allow workers with other versions or cores: same bytes become a tolerance
 
@@ -33,6 +36,8 @@ class Resources:
         for name in ("workers", "gpus", "loader_workers", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"resources.{name} must not be negative: got {getattr(self, name)}")
+        if self.batch < 1:
+            raise ValueError(f"resources.batch must be at least 1: got {self.batch}")
 
 
 def quiet(done: int, total: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curation.artifact import Artifact, pool_of
+from curation.artifact import Artifact, Where, pool_of
 from curation.store import Entry, Location
 from pipelines.errors import UserError
 from pipelines.recipe import Step
@@ -36,15 +36,21 @@ class Prepared:
     placed: bool = False  # at a place of the user's choice, not below the root
 
     @property
-    def locations(self) -> dict[str, str]:
+    def locations(self) -> dict[str, Where]:
         """Where the outside sources of this step are, as the recipe says now."""
         given = {name: getattr(self.step.config, name) for name in self.stage.locations}
-        return {name: str(Location(uri).resolved()) for name, uri in given.items() if uri}
+        return {name: where(uris) for name, uris in given.items() if uris}
 
     def artifact(self) -> Artifact:
         """The output, done or not; it knows where its own sources and those of its inputs are now."""
         inherited = {f"{name}.{key}": at for name, found in self.inputs.items() for key, at in found.moved.items()}
         return Artifact(self.location, self.locations | inherited)
+
+
+def where(given: Where) -> Where:
+    """One place or several with absolute paths; a list of one is that one."""
+    found = [str(Location(uri).resolved()) for uri in ([given] if isinstance(given, str) else given)]
+    return found[0] if len(found) == 1 else found
 
 
 def prepare(
@@ -60,7 +66,15 @@ def prepare(
     entries, found = outside.get(step.name, (None, None))
     found_digest = None if entries is None else content_id([list(entry) for entry in entries])
     check_one_pool(step, inputs)
-    listed = set(stage.locations) | (set(stage.step_or_value) if entries is not None else set())
+    fingerprint = fingerprint_of(step, inputs, found_digest)
+    at = place or root / step.name / fingerprint
+    return Prepared(step, stage, inputs, found, found_digest, fingerprint, at, placed=place is not None)
+
+
+def fingerprint_of(step: Step, inputs: Mapping[str, Artifact], found_digest: str | None) -> str:
+    """16 hex digits: what a step makes of these inputs and of what was found outside (None: it reads nothing there)."""
+    stage = STAGES[step.stage]
+    listed = set(stage.locations) | (set(stage.step_or_value) if found_digest is not None else set())
     identity = {
         "stage": step.stage,
         "version": stage.version,
@@ -70,9 +84,12 @@ def prepare(
         "through": {path: found.digest for path, found in reached(inputs, stage.through).items()},
         "found": found_digest,
     }
-    fingerprint = content_id(identity)[:16]
-    at = place or root / step.name / fingerprint
-    return Prepared(step, stage, inputs, found, found_digest, fingerprint, at, placed=place is not None)
+    if stage.reads_all:  # it tells of the steps themselves, not only of what they left
+        identity["steps"] = {
+            name: [artifact.manifest["fingerprint"], artifact.counts, artifact.facts]
+            for name, artifact in inputs.items()
+        }
+    return content_id(identity)[:16]
 
 
 def reached(inputs: Mapping[str, Artifact], paths: Sequence[str]) -> dict[str, Artifact]:

@@ -22,10 +22,11 @@ from curation.artifact import Artifact, Counts, add_counts, part_name, read_tabl
 from curation.decontaminate import is_among
 from curation.embeddings import embedding_parts
 from curation.execute import Executor, Ref, on_worker
+from curation.listing import file_at
 from curation.pool import source_of_part
-from curation.shards import EXTENSIONS
 from curation.sources import read_checked
 from curation.store import SIDE_PREFIX, Location, file_sha256
+from curation.tar_writer import EXTENSIONS
 from pipelines.fingerprint import content_id
 from pipelines.rows import by_part
 
@@ -255,12 +256,17 @@ def has(ascending: np.ndarray, value: int) -> bool:
 
 
 def remove_gone(record: Location, folder: Folder, known: Known, planned: np.ndarray) -> Counts:
-    """Remove the unchanged files that an earlier run wrote of images that are copies now, and still in the source."""
-    counts = {"removed": 0, "left": 0}
+    """Remove the unchanged files that an earlier run wrote of images that are copies now, and still in the source.
+
+    What a link leads to is not a file of this folder, and may be an original: it stays, and so does the link.
+    """
+    counts, kept = {"removed": 0, "left": 0}, folder.kept.resolve()
     for row in read_table(record).to_pylist():
         for name in names_for(row):
             path = folder.kept / name
-            if has(planned, hashed(name)) or not path.is_file() or file_sha256(path) != row["key"]:
+            if has(planned, hashed(name)) or not path.is_file() or path.resolve() != kept / name:
+                continue
+            if file_sha256(path) != row["key"]:
                 continue
             if not has(known.keys, int(row["key"][:16], 16)):
                 counts["left"] += 1
@@ -291,7 +297,7 @@ def write_part(index: int, folder: Folder, finished: bool, known: Known) -> Coun
         check_inside(path, folder.kept)
         Location(str(path)).write(data)
         if root.is_local and row["offset"] is None:  # a photo keeps its time
-            times = os.stat(root.path / row["source"])  # noqa: PTH116
+            times = os.stat(file_at(root, row["source"]).path)  # noqa: PTH116
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     return counts
 

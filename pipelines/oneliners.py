@@ -14,12 +14,11 @@ from typing import Any
 import yaml
 
 from curation.artifact import Artifact
-from curation.hierarchy import ClusterConfig
-from curation.sampling import SampleConfig
-from curation.sources import split_pattern
+from curation.listing import split_pattern
 from curation.store import Location
 from embedding.decode import MAX_PIXELS
-from pipelines.commands import place_of
+from pipelines.commands import place_of, see_help
+from pipelines.engine import plan_recipe
 from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.kept import DROPPED, RECORDS, Folder, write_kept
@@ -27,7 +26,7 @@ from pipelines.launch import open_executor, run_shown
 from pipelines.lock import lock_root
 from pipelines.progress import StepProgress
 from pipelines.ray_executor import RayExecutor
-from pipelines.recipe import parse_recipe, parse_yaml, structure
+from pipelines.recipe import Recipe, parse_recipe, parse_yaml
 from pipelines.stages.report import PAGE
 from pipelines.stages.table import STAGES
 
@@ -41,6 +40,14 @@ NO_CONCEPTS = (
     "note: pixels know colour and layout, not content: these clusters are of images that look alike from far away. "
     "A backbone by name, such as --backbone facebook/dinov2-small, makes clusters of concepts."
 )
+OPTIONS = {  # of the commands, and the step and key that each becomes in the recipe
+    "--backbone": ("vectors", "backbone"),
+    "--min-similarity": ("near", "min_similarity"),
+    "--max-drop-fraction": ("unique", "max_drop_fraction"),
+    "--n-clusters": ("concepts", "n_clusters"),
+    "--target": ("balanced", "target"),
+}
+DECIDE = ("--backbone", "--min-similarity", "--n-clusters", "--target")  # which images a set of shards has
 Tree = dict[str, Any]  # a recipe as plain values
 Summary = dict[str, int | str]
 
@@ -64,13 +71,15 @@ def dedup_folder(
     root = open_place("dedup-folder", source, out, "KEPT")
     tree = copies_recipe(source, backbone, similarity, max_drop_fraction)
     tree["steps"]["page"] = {"stage": "report"}
+    read_tree("dedup-folder", tree)  # mistakes are told before the work
     with open_executor(executor, None, Resources()) as engine, StepProgress(as_json) as progress:
-        steps = run_tree("dedup-folder", tree, root, engine, progress, {})
+        steps = run_tree("dedup-folder", tree, root, engine, progress, until="unique")
         with lock_root(root / RECORDS, progress.say):
             engine.progress = progress.start("files", "copy")
             folder = Folder(steps["images"], steps["vectors"], steps["unique"], out.path, root)
             files = write_kept(folder, engine)
         progress.stop()
+        steps = run_tree("dedup-folder", tree, root, engine, progress, told=steps)
     summary = found_counts(steps) | {
         f"files {name}": n for name, n in files.items() if n or name in ("copied", "there")
     }
@@ -91,23 +100,21 @@ def balance_folder(
     """Make shards of at most ``target`` images of ``photos``, balanced over clusters. Raises UserError or TaskError."""
     source, out = place_of(photos), place_of(shards)
     similarity = threshold(backbone, min_similarity)
-    structure(SampleConfig, {"target": target}, "balanced")  # told before the work, not after it
-    if n_clusters is not None:
-        structure(ClusterConfig, {"n_clusters": n_clusters}, "concepts")
     root = open_place("balance-folder", source, out, "--out")
+    copies = copies_recipe(source, backbone, similarity, max_drop_fraction)
+    before = finished_recipe(root, out)
+    clusters = before.get("concepts", {}).get("n_clusters") if n_clusters is None else n_clusters
+    tree = balanced_recipe(copies, target, [1] if clusters is None else clusters)
+    recipe = read_tree("balance-folder", tree)  # mistakes are told before the work
+    if before:
+        check_same_set(before, tree, recipe, root, out)
     if backbone == "pixels":
         print(NO_CONCEPTS, file=sys.stderr)
-    tree = copies_recipe(source, backbone, similarity, max_drop_fraction)
     with open_executor(executor, None, Resources()) as engine, StepProgress(as_json) as progress:
-        steps = run_tree("balance-folder", tree, root, engine, progress, {})  # says how many images there are
-        clusters = n_clusters or default_clusters(steps["unique"].counts["kept"])
-        tree["steps"] |= {
-            "distinct": {**tree["steps"]["vectors"], "selection": "unique"},
-            "concepts": {"stage": "cluster", "embeddings": "distinct", "n_clusters": clusters},
-            "balanced": {"stage": "sample", "hierarchy": "concepts", "target": target},
-            "shards": {"stage": "shards", "pool": "images", "selection": "balanced"},
-            "page": {"stage": "report"},
-        }
+        steps: dict[str, Artifact] = {}
+        if clusters is None:
+            steps = run_tree("balance-folder", copies, root, engine, progress)  # says how many images there are
+            tree = balanced_recipe(copies, target, default_clusters(steps["unique"].counts["kept"]))
         steps = run_tree("balance-folder", tree, root, engine, progress, {"shards": out}, told=steps)
     made = steps["shards"].counts
     summary: Summary = found_counts(steps) | {
@@ -152,6 +159,63 @@ def copies_recipe(source: Location, backbone: str, min_similarity: float, max_dr
     }  # fmt: skip
 
 
+def balanced_recipe(copies: Tree, target: int, n_clusters: list[int]) -> Tree:
+    """The steps from a folder to balanced shards: those of ``copies``, and what follows them."""
+    more = {
+        "distinct": {**copies["steps"]["vectors"], "selection": "unique"},
+        "concepts": {"stage": "cluster", "embeddings": "distinct", "n_clusters": n_clusters},
+        "balanced": {"stage": "sample", "hierarchy": "concepts", "target": target},
+        "shards": {"stage": "shards", "pool": "images", "selection": "balanced"},
+        "page": {"stage": "report"},
+    }
+    return {**copies, "steps": copies["steps"] | more}
+
+
+def read_tree(command: str, tree: Tree) -> Recipe:
+    """A recipe given as plain values, checked. Raises UserError, with the option where that is a key of a step."""
+    try:
+        return parse_recipe(tree, STAGES)
+    except UserError as e:
+        message = e.message
+        for option, (step, key) in OPTIONS.items():
+            for owner in (step, tree["steps"].get(step, {}).get("stage")):
+                message = message.replace(f"{owner}.{key}", option)
+        raise UserError(message, e.hint if e.hint.startswith("did you mean") else see_help(command)) from e
+
+
+def finished_recipe(root: Location, out: Location) -> Tree:
+    """The steps that made the finished set of shards at a place, {} when none is there."""
+    if not (root / RECIPE).exists() or not Artifact(out).is_complete():
+        return {}
+    steps: Tree = parse_yaml((root / RECIPE).read().decode(), RECIPE)["steps"]
+    return steps
+
+
+def check_same_set(before: Tree, tree: Tree, recipe: Recipe, root: Location, out: Location) -> None:
+    """A finished set is made of the same images with the same settings, or nothing is written. Raises UserError."""
+    for option in DECIDE:
+        step, key = OPTIONS[option]
+        now, then = tree["steps"][step][key], before.get(step, {}).get(key)
+        if then is not None and then != now:
+            raise UserError(
+                f"--out must be empty or made with {option} {now}: got {out}, a finished set made with {option} {then}",
+                "choose another --out",
+            )
+    [images] = plan_recipe(recipe, root, until="images")
+    made_of = str(Artifact(out).manifest["inputs"]["pool"]["path"])
+    if images.location is not None and images.location.name != made_of.rpartition("/")[2]:
+        raise UserError(
+            f"--out must be empty or made by this openlvd of the images that are in {images_from(tree)} now: "
+            f"got {out}, a finished set of others",
+            "choose another --out",
+        )
+
+
+def images_from(tree: Tree) -> str:
+    """Where the images of a recipe come from."""
+    return str(tree["steps"]["images"]["source"])
+
+
 def open_place(command: str, source: Location, out: Location, name: str) -> Location:
     """The root of the run, when ``out`` is apart from the source and new, or of the same command. Raises UserError."""
     folder, pattern = split_pattern(source)
@@ -166,7 +230,7 @@ def open_place(command: str, source: Location, out: Location, name: str) -> Loca
     root = out / ROOT
     if (root / RECIPE).exists():
         text = (root / RECIPE).read().decode()
-        made_by, before = text.splitlines()[0], parse_yaml(text, RECIPE)["steps"]["images"]["source"]
+        made_by, before = text.splitlines()[0], images_from(parse_yaml(text, RECIPE))
         if made_by != first_line(command) or before != source.uri:
             raise UserError(
                 f"{name} must be empty or made by openlvd {command} from {source}: got {out}, "
@@ -195,16 +259,17 @@ def run_tree(
     root: Location,
     engine: LocalExecutor | RayExecutor,
     progress: StepProgress,
-    places: Mapping[str, Location],
+    places: Mapping[str, Location] | None = None,
     told: Collection[str] = (),
+    until: str | None = None,
 ) -> dict[str, Artifact]:
     """Run a recipe given as plain values; it is checked, then written to the root, then run."""
-    recipe = parse_recipe(tree, STAGES)
+    recipe = read_tree(command, tree)
     text = yaml.safe_dump({"root": root.uri, **tree}, sort_keys=False, allow_unicode=True)
     hint = f"# openlvd run does the same; to change it, copy it: the next {command} writes it anew\n"
     with lock_root(root, progress.say):
         (root / RECIPE).write(f"{first_line(command)}\n{hint}\n{text}".encode())
-    results = run_shown(recipe, root, engine, progress, places=places, told=told)
+    results = run_shown(recipe, root, engine, progress, until, places, told)
     return {result.name: Artifact(result.location) for result in results if result.location is not None}
 
 

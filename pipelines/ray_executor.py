@@ -335,14 +335,12 @@ class _Pool:
         while n_next < len(items):
             self._fill(todo, items, tries, n_next)
             ref = ray.wait(list(busy), num_returns=1)[0][0]
-            i, actor = busy.pop(ref)
+            i, actor = busy[ref]
             try:
                 ready[i] = _get_or_lost(items[i], ref)
-            except ray.exceptions.RayActorError as e:
-                if tries[i] >= MAX_TRIES:
-                    raise lost(items[i], e) from e
-                self._replace(actor, todo)
-                todo.appendleft(i)
+                del busy[ref]
+            except ray.exceptions.RayActorError:
+                ready |= self._replace(actor, todo, items, tries)
             while n_next in ready:
                 yield ready.pop(n_next)
                 n_next += 1
@@ -358,13 +356,27 @@ class _Pool:
             self.busy[self.actors[actor].do.remote(items[i])] = (i, actor)
             load[actor] += 1
 
-    def _replace(self, actor: int, todo: deque[int]) -> None:
-        """Start a new actor; what else the old one held goes back, in order."""
-        for ref, (i, owner) in sorted(self.busy.items(), key=lambda entry: -entry[1][0]):
-            if owner == actor:
-                del self.busy[ref]
-                todo.appendleft(i)
+    def _replace(self, actor: int, todo: deque[int], items: Sequence[Any], tries: list[int]) -> dict[int, Any]:
+        """Start a new actor; what the old one held goes back, in order. Returns what it had done.
+
+        The first that it had not done was in work when it died. The others waited: that was no try of theirs.
+        """
+        import ray
+
+        done: dict[int, Any] = {}
+        back: list[int] = []
+        for ref in [ref for ref, (_, owner) in self.busy.items() if owner == actor]:  # as they were handed out
+            i, _ = self.busy.pop(ref)
+            try:
+                done[i] = _get_or_lost(items[i], ref)
+            except ray.exceptions.RayActorError as e:
+                if not back and tries[i] >= MAX_TRIES:
+                    raise lost(items[i], e) from e
+                tries[i] -= bool(back)
+                back.append(i)
+        todo.extendleft(reversed(back))
         self.actors[actor] = self._new()
+        return done
 
     def close(self) -> None:
         """End the actors, busy or not."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -153,9 +153,12 @@ def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[s
     if not isinstance(kind, str) or kind not in stages:
         raise UserError(f"{name}.stage must be a known stage: got {kind!r}", did_you_mean(str(kind), stages))
     stage = stages[kind]
+    for key in [key for key in stage.lists if values.get(key) in (None, []) and not is_required(stage.config, key)]:
+        values.pop(key, None)  # a list that may be left out
     inputs = {
         f"{key}.{source}": source
         for key, kinds in stage.lists.items()
+        if key in values or is_required(stage.config, key)
         for source in find_list(f"{name}.{key}", values.get(key), kinds, earlier)
     }
     for key, kinds in {**stage.reads, **stage.optional, **stage.step_or_value}.items():
@@ -175,9 +178,17 @@ def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[s
     if "seed" in {field.name for field in fields(stage.config)}:
         values.setdefault("seed", seed)
     config: Any = structure(stage.config, values, name)
+    acting = acts_as(f"{name}.{stage.acts_as}", stage, inputs, earlier)
     if stage.check is not None:
-        stage.check(name, config, inputs)
-    return Step(name, kind, config, inputs, acts_as(f"{name}.{stage.acts_as}", stage, inputs, earlier) or kind)
+        steps = {step.name: step for step in earlier}
+        stage.check(name, config, {key: steps[source] for key, source in inputs.items()})
+    return Step(name, kind, config, inputs, acting or kind)
+
+
+def is_required(config: type, name: str) -> bool:
+    """Whether a field of a config has no default."""
+    field = next(field for field in fields(config) if field.name == name)
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def acts_as(key: str, stage: Stage, inputs: Mapping[str, str], earlier: Sequence[Step]) -> str | None:
@@ -242,7 +253,8 @@ def structure(kind: type[Config], values: Any, owner: str) -> Config:
             raise UserError(str(error["ctx"]["error"]), f"change it in step {owner}") from e
         if error["type"] == "missing":
             raise UserError(f"{owner} must have {error['loc'][0]}: got none", f"add {error['loc'][0]}: to it") from e
-        path = ".".join([owner, *(str(piece) for piece in error["loc"])])
+        kinds = ("str", "tuple[str, ...]")  # of a value that may be one or several: which of them was tried
+        path = ".".join([owner, *(str(piece) for piece in error["loc"] if piece not in kinds)])
         message = error["msg"].removeprefix("Input should be ")
         raise UserError(
             f"{path} must be {message}: got {error['input']!r}", "see the key's comment for unit and range"

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from curation.artifact import FORMAT, MANIFEST, Artifact
 from curation.store import Location
-from pipelines.engine import RUN_FILE, read_root
+from pipelines.engine import read_notes, read_root
 from pipelines.errors import UserError
 from pipelines.stages.table import STAGES
 
@@ -17,7 +17,7 @@ def finished_steps(root: Location) -> dict[str, Artifact]:
 
     Raises UserError when there is no such run, or when none of its steps is finished.
     """
-    steps = _noted_steps(root)
+    steps = read_root(root)
     done = {name: step for name, step in steps.items() if step is not None and step.is_complete()}
     if not done:
         raise UserError(f"a step of {root} must be finished: got none of {len(steps)}", "run the recipe first")
@@ -26,19 +26,7 @@ def finished_steps(root: Location) -> dict[str, Artifact]:
 
 def noted_stages(root: Location) -> dict[str, str]:
     """The stage of every step of the last run on a root, finished or not. Raises UserError."""
-    _noted_steps(root)  # says what is wrong with the notes
-    noted = json.loads((root.resolved() / RUN_FILE).read())["steps"]
-    return {name: str(entry["stage"]) for name, entry in noted.items()}
-
-
-def _noted_steps(root: Location) -> dict[str, Artifact | None]:
-    try:
-        return read_root(root)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(
-            f"{root} must be the root of a run: its {RUN_FILE} does not say the steps of one",
-            "check the path; a run of the recipe writes that file anew",
-        ) from e
+    return {name: str(entry["stage"]) for name, entry in read_notes(root.resolved()).items()}
 
 
 def check_versions(steps: Mapping[str, Artifact]) -> None:

@@ -6,12 +6,28 @@ import numpy as np
 
 from curation.artifact import Artifact
 from curation.embeddings import embedding_parts
+from curation.selection import rows_among
+from pipelines.errors import UserError
 
 
 def place_in_parts(position: int, pool: Artifact) -> tuple[int, int]:
     """The part that holds a row of a pool, and where the row stands in it."""
     part = int(np.searchsorted(pool.starts, position, side="right")) - 1
     return part, position - int(pool.starts[part])
+
+
+def rows_covered(rows: np.ndarray, covered: np.ndarray, source: Artifact, selection: Artifact) -> np.ndarray:
+    """int64 (n,): where selected rows of a part stand among the rows that ``source`` has of it, ascending.
+
+    Raises UserError, with both artifacts, when one is missing: what was embedded is not what was selected.
+    """
+    try:
+        return rows_among(rows, covered, f"the {source.kind} artifact {source.location}")
+    except ValueError as e:
+        raise UserError(
+            f"{e}; the selection is {selection.location}",
+            "embed with this selection or a wider one, or select from what was embedded",
+        ) from e
 
 
 def by_part(row_ids: np.ndarray, pool: Artifact) -> Iterator[tuple[int, np.ndarray]]:

@@ -6,13 +6,18 @@
 outside, ``FOUND``: what its ``look`` listed.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from curation.artifact import Artifact, Counts, FileInfo, describe
 from curation.execute import Executor
 from curation.store import Entry, Location
+
+if TYPE_CHECKING:
+    from pipelines.recipe import Step
 
 Item = TypeVar("Item")
 Inputs = Mapping[str, Any]
@@ -38,9 +43,16 @@ class Stage:
     acts_as: str | None = None  # its output can be used as what this list holds
     reads_all: bool = False  # every earlier step is an input, under its own name
     locations: tuple[str, ...] = ()  # config fields that say where, not what: kept out of the fingerprint
-    check: Callable[[str, Any, Mapping[str, str]], None] | None = None  # of a step's name, config and inputs (name ->
-    # step): raises UserError when the recipe is read
+    check: Callable[[str, Any, Mapping[str, "Step"]], None] | None = None  # of a step's name, config and inputs (name
+    # -> step; its config is None where an artifact is named): raises UserError when the recipe is read
     look: Callable[[Any], tuple[Sequence[Entry] | None, Any]] | None = None  # what is found outside, and ``found``
+
+
+class Timed(NamedTuple):
+    """The files of an item, and what is added up over items for the log of the run."""
+
+    files: list[FileInfo]
+    log: dict[str, float]
 
 
 class Output:
@@ -50,6 +62,7 @@ class Output:
         self.location = location
         self.files: list[FileInfo] = []
         self.facts: dict[str, Any] = {}
+        self.log: dict[str, float] = {}  # times and rates: they go to the log of the run, not into the manifest
         self._executor = executor
 
     @property
@@ -82,10 +95,16 @@ class Output:
         items: Sequence[Item],
         names: Sequence[Sequence[str]],
         gpus: float = 0,
+        sizes: Sequence[int] | None = None,
     ) -> None:
-        """As ``make``, by workers that load something first: ``make()`` gives what does an item."""
+        """As ``make``, by workers that load something first: ``make()`` gives what does an item.
+
+        sizes: rows of every item; progress then counts rows, not items. An item may give a ``Timed``.
+        """
         todo = self._missing(items, names)
-        self._add(self._executor.map_workers(make, todo, gpus))
+        rows = dict(zip(items, sizes, strict=True)) if sizes is not None else {}
+        with rows_shown(self._executor, [rows.get(item, 1) for item in todo]):
+            self._add(self._executor.map_workers(make, todo, gpus))
 
     def _missing(self, items: Sequence[Item], names: Sequence[Sequence[str]]) -> list[Item]:
         """The items that are still to be done; the files of the others are described."""
@@ -96,8 +115,27 @@ class Output:
         return [item for item, done in zip(items, whole, strict=True) if not done]
 
     def _add(self, made: Iterable[Any]) -> None:
-        for files in made:
+        for item in made:
+            files = item
+            if isinstance(item, Timed):
+                files = item.files
+                self.log |= {name: self.log.get(name, 0) + value for name, value in item.log.items()}
             self.files += [files] if isinstance(files, FileInfo) else files
+
+
+@contextmanager
+def rows_shown(executor: Executor, sizes: Sequence[int]) -> Iterator[None]:
+    """While the block runs, an executor that shows its progress counts the rows of items, not the items."""
+    show = getattr(executor, "progress", None)
+    if show is None:
+        yield
+        return
+    rows = [0, *accumulate(max(size, 1) for size in sizes)]  # what has no rows is work too
+    executor.progress = lambda done, total: show(rows[done], rows[-1])  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        executor.progress = show  # type: ignore[attr-defined]
 
 
 def listed(inputs: Inputs, name: str, names: Sequence[str]) -> list[Artifact]:

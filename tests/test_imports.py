@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("curation", "embedding", "training", "pipelines")  # each may import what stands to its left
 FILES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-CURATION = {"numpy", "pyarrow", "scipy", "numba", "boto3", "botocore", "faiss", "torch"}
+CURATION = {"numpy", "pyarrow", "scipy", "numba", "boto3", "botocore", "faiss", "torch", "idna"}
 EMBEDDING = CURATION | {"PIL", "transformers", "huggingface_hub", "safetensors"}
 TRAINING = EMBEDDING | {"sklearn", "webdataset"}
 ALLOWED = {"curation": CURATION, "embedding": EMBEDDING, "training": TRAINING}  # pipelines: everything
@@ -25,9 +25,21 @@ ONLY_IN = {  # beginnings of paths
     "ray": "pipelines/ray_executor.py",
     "pydantic": "pipelines/",
     "duckdb": "pipelines/",
-    "pyspark": "pipelines/spark",
+    "pyspark": "pipelines/crawl/spark.py",
+    "img2dataset": "pipelines/crawl/fetch_job.py",
+    "idna": "curation/urls.py",
 }
-IN_FUNCTIONS = {"faiss", "ray", "boto3", "botocore", "transformers", "huggingface_hub", "webdataset", "pyspark"}
+IN_FUNCTIONS = {
+    "faiss",
+    "ray",
+    "boto3",
+    "botocore",
+    "transformers",
+    "huggingface_hub",
+    "webdataset",
+    "pyspark",
+    "img2dataset",
+}
 IN_FUNCTIONS_OF = {"curation": {"torch"}}
 NEVER = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}  # nothing that comes with data is executed
 
@@ -115,6 +127,7 @@ def test_exceptions_are_named(file):
         ("curation/kmeans.py", "def f():\n    import numba", "numba is used in curation/loops.py alone"),
         ("pipelines/lock.py", "def f():\n    import boto3", "boto3 is used in curation/store.py alone"),
         ("pipelines/stage.py", "def f():\n    import ray", "ray is used in pipelines/ray_executor.py alone"),
+        ("pipelines/x.py", "def f():\n    import pyspark", "pyspark is used in pipelines/crawl/spark.py alone"),
         ("training/x.py", "import pydantic", "pydantic is used in pipelines/ alone"),
         ("curation/x.py", "from .pool import PoolConfig", "imports are absolute"),
         ("pipelines/x.py", "import pickle", "pickle is never used"),

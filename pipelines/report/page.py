@@ -21,7 +21,8 @@ from pipelines.stage import HEAD_COUNTS
 KINDS = {
     "pool": "source", "union": "source", "select": "choice", "dedup": "choice", "decontaminate": "choice",
     "retrieve": "choice", "sample": "choice", "mix": "choice", "embed": "vectors", "neighbors": "vectors",
-    "cluster": "vectors", "shards": "source", "train": "model", "evaluate": "model", "report": "model",
+    "cluster": "vectors", "score": "vectors", "shards": "source", "train": "model", "evaluate": "model",
+    "report": "model",
 }  # fmt: skip
 CHOICES = (("mix",), ("sample",), ("retrieve",), ("decontaminate", "dedup", "select"))  # the last word comes first
 NOT_FINISHED = "not finished"

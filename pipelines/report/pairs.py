@@ -120,7 +120,17 @@ def part_pairs(index: int, step: Artifact, column: str, low: float, n: int, seed
     near = table[column].to_numpy()
     orders = [np.lexsort((row_id, key))[:n] for key in (-similarity, similarity, luck)]
     picks = [[Pair(int(row_id[i]), int(near[i]), float(similarity[i]), float(luck[i])) for i in o] for o in orders]
-    return Pairs(np.histogram(similarity, N_BINS, (low, 1.0))[0], *picks)
+    return Pairs(count_bins(similarity, low), *picks)
+
+
+def count_bins(similarity: np.ndarray, low: float) -> np.ndarray:
+    """int64 (N_BINS,): how many similarities, float32 (n,) from the threshold on, are in each bin up to 1.
+
+    float64, because near 1 float32 has fewer values than there are bins; from the threshold as the kernels know it,
+    a float32, to 1, which rounding may pass, so that every row is in a bin.
+    """
+    low = float(np.float32(low))
+    return np.histogram(np.minimum(similarity.astype(np.float64), 1.0), N_BINS, (low, 1.0))[0]
 
 
 def merge_pairs(a: Pairs, b: Pairs, n: int) -> Pairs:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from curation.artifact import Artifact, read_table
-from curation.sources import source_root
+from curation.listing import root_of
 from pipelines.report.run import Run
 from pipelines.report.thumbnails import rejected_thumb
 
@@ -35,7 +35,7 @@ def rejected(run: Run) -> list[dict[str, Any]]:
 
 def rejected_examples(pool: Artifact, names: Iterable[str], reason: str, n: int) -> list[dict[str, Any]]:
     """The first ``n`` files with a reason, in the order of the source; reads no more parts than that takes."""
-    root = source_root(pool.outside("source"))
+    root = root_of(pool.outside("source"))
     rows: list[dict[str, Any]] = []
     for name in names:
         if len(rows) >= n:

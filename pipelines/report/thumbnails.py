@@ -12,9 +12,9 @@ from PIL import Image
 
 from curation.artifact import Artifact, read_table
 from curation.execute import Executor
+from curation.listing import Root, file_at
 from curation.pool import source_of_part
-from curation.sources import file_at, read_images
-from curation.store import Location
+from curation.sources import read_images
 from embedding.decode import MAX_PIXELS, BadImage, decode_rgb
 from pipelines.rows import by_part
 
@@ -54,7 +54,7 @@ def thumbs_of_part(item: tuple[int, np.ndarray], pool: Artifact) -> dict[int, Th
     return made
 
 
-def present(root: Location, row: pa.Table, column: str) -> Iterator[bytes]:
+def present(root: Root, row: pa.Table, column: str) -> Iterator[bytes]:
     """The bytes of one image, nothing if its file has gone since: a page is no reason to fail."""
     try:
         yield from read_images(root, row, column)
@@ -62,7 +62,7 @@ def present(root: Location, row: pa.Table, column: str) -> Iterator[bytes]:
         return
 
 
-def rejected_thumb(root: Location, source: str, member: str | None) -> str:
+def rejected_thumb(root: Root, source: str, member: str | None) -> str:
     """A thumbnail of a file that the pool refused, if it is a file of its own and shows anything."""
     if member is not None or source.lower().endswith((".tar", ".parquet")):
         return ""

@@ -1,5 +1,6 @@
 """``decontaminate``: drop what is near a reference pool, such as an evaluation set, or joined to what is."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -8,19 +9,29 @@ import pyarrow as pa
 from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, read_table
 from curation.decontaminate import DecontaminateConfig
 from curation.execute import Executor
-from curation.selection import write_selection
+from curation.selection import carried_count, write_selection
 from pipelines.errors import UserError
+from pipelines.recipe import Step
 from pipelines.stage import SELECTIONS, Inputs, Output, Stage
 from pipelines.stages.dedup import check_drop
 from pipelines.stages.hops import Job, Part, columns_of, hop_folder, looked_at, measure, reach
+from pipelines.stages.mix import check_unmixed, refuse_mixes
 from pipelines.stages.neighbors import Base, based_parts, nearest_in_base
+
+
+def check(name: str, config: DecontaminateConfig, inputs: Mapping[str, Step]) -> None:
+    """Neighbors that fit the mode and the similarity, no mix with shares. Raises UserError before anything runs."""
+    refuse_mixes(name, inputs)
+    near = inputs.get("neighbors")
+    if near is not None:
+        check_edges_fit(name, config, None if near.config is None else near.config.min_similarity)
 
 
 def run(config: DecontaminateConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
     """Write kept, and the nearest reference row with its similarity (null if there is none), for every row looked at.
 
-    With a ``selection`` its rows alone are looked at: edges through other rows do not count. Selected rows that
-    ``embed`` could not decode are bad: counted, and not in the result.
+    With a ``selection`` its rows alone are looked at: edges through other rows do not count, and its counts go on.
+    Selected rows that ``embed`` could not decode are bad: counted, and not in the result.
 
     Mode ``component`` adds hops (int32; 1: near a reference image, 2: near such a row, ...; 0: kept), through (int64,
     the row id it was reached from: of the hop before, the one most similar, ties to the lowest id) and
@@ -32,6 +43,7 @@ def run(config: DecontaminateConfig, inputs: Inputs, out: Output, executor: Exec
     embeddings: Artifact = inputs["embeddings"]
     reference: Artifact = inputs["reference"]
     job = Job(config, embeddings, inputs.get("neighbors"), inputs.get("selection"), out.location)
+    check_unmixed("decontaminate.selection", job.before)
     check_same_backbone(embeddings, reference)
     check_edges(job)
     base = based_parts(reference)
@@ -63,21 +75,27 @@ def check_edges(job: Job) -> None:
     """Edges of the same rows, from a similarity on that leaves none out. Raises UserError."""
     if job.edges is None:
         return
-    if job.config.mode != "component":
-        raise UserError(
-            f"decontaminate.neighbors is read in mode 'component' alone: got it in mode {job.config.mode!r}",
-            "set mode: component, or leave neighbors out",
-        )
+    check_edges_fit("decontaminate", job.config, job.edges.manifest["config"]["min_similarity"])
     if job.edges.input("embeddings").digest != job.embeddings.digest:
         raise UserError(
             "decontaminate.neighbors must be made from the same embeddings: got edges of other vectors",
             "name the same embed step in both",
         )
-    lowest = job.edges.manifest["config"]["min_similarity"]
-    if lowest > job.config.min_similarity:
+
+
+def check_edges_fit(name: str, config: DecontaminateConfig, lowest: float | None) -> None:
+    """Neighbors in the mode that reads them, from a similarity on (None: not known) that leaves out none that counts.
+
+    Raises UserError.
+    """
+    if config.mode != "component":
         raise UserError(
-            f"decontaminate.min_similarity must be at least that of its neighbors, {lowest}: "
-            f"got {job.config.min_similarity}",
+            f"{name}.neighbors is read in mode 'component' alone: got it in mode {config.mode!r}",
+            "set mode: component, or leave neighbors out",
+        )
+    if lowest is not None and lowest > config.min_similarity:
+        raise UserError(
+            f"{name}.min_similarity must be at least that of its neighbors, {lowest}: got {config.min_similarity}",
             "lower min_similarity of the neighbors step, or raise this one",
         )
 
@@ -87,8 +105,9 @@ def decide_part(part: Part, job: Job, reference: Base) -> FileInfo:
     rows, x, bad = looked_at(part, job)
     best = nearest_in_base(x, reference, 1)
     kept = ~(best.similarity[:, 0] >= np.float32(job.config.min_similarity))
+    count = carried_count(job.before, part.number, rows, kept)
     return write_selection(
-        job.out / part_name(part.number), rows, kept, bad, **columns_of(best, "near_row", "similarity")
+        job.out / part_name(part.number), rows, kept, bad, **columns_of(best, "near_row", "similarity"), **count
     )
 
 
@@ -115,6 +134,7 @@ def write_part(part: Part, job: Job) -> FileInfo:
         hops=pa.array(hops),
         through=pa.array(through, mask=hops < 2),
         through_similarity=pa.array(similarity, mask=hops < 2),
+        **carried_count(job.before, part.number, rows, hops == 0),
     )
 
 
@@ -125,4 +145,5 @@ STAGE = Stage(
     reads={"embeddings": ("embed",), "reference": ("embed",)},
     through=("embeddings.pool", "reference.pool"),
     optional={"selection": SELECTIONS, "neighbors": ("neighbors",)},
+    check=check,
 )

@@ -1,6 +1,6 @@
 """``dedup``: one image of every group of near-duplicates, by the rule of the config."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from curation.execute import Executor, on_worker
 from curation.selection import write_selection
 from curation.store import Location
 from pipelines.errors import UserError
+from pipelines.recipe import Step
 from pipelines.stage import Inputs, Output, Stage, part_span
 
 Touched = tuple[np.ndarray, np.ndarray]  # rows with an edge, ascending, and the smallest row of their component
@@ -38,6 +39,23 @@ class Components(NamedTuple):
     row_id: np.ndarray
     component: np.ndarray  # the smallest row id in it
     representative: np.ndarray  # the row that stays for it; by rule semdedup the nearest earlier one
+
+
+def check(name: str, config: DedupConfig, inputs: Mapping[str, Step]) -> None:
+    """A hierarchy where ``keep`` needs one, and only there. Raises UserError before anything runs."""
+    check_hierarchy(name, config, "hierarchy" in inputs)
+
+
+def check_hierarchy(name: str, config: DedupConfig, given: bool) -> None:
+    """Raise UserError unless a hierarchy is given when ``keep`` needs distances and only then."""
+    needed = config.keep in ("farthest", "closest")
+    if needed and not given:
+        raise UserError(f"{name}.keep {config.keep} needs a hierarchy: got none", "add hierarchy: and a cluster step")
+    if given and not needed:
+        raise UserError(
+            f"{name}.hierarchy is for keep farthest or closest: got it with {config.keep}",
+            "leave it out, or change keep",
+        )
 
 
 def run(config: DedupConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
@@ -75,14 +93,7 @@ class Scores(NamedTuple):
 
 def tree_for(config: DedupConfig, tree: Artifact | None, embeddings: Artifact) -> Artifact | None:
     """The hierarchy, given when ``keep`` needs distances and only then. Raises UserError."""
-    needed = config.keep in ("farthest", "closest")
-    if needed and tree is None:
-        raise UserError(f"dedup.keep {config.keep} needs a hierarchy: got none", "add hierarchy: and a cluster step")
-    if tree is not None and not needed:
-        raise UserError(
-            f"dedup.hierarchy is for keep farthest or closest: got it with {config.keep}",
-            "leave it out, or change keep",
-        )
+    check_hierarchy("dedup", config, tree is not None)
     if tree is not None and tree.input("embeddings").digest != embeddings.digest:
         raise UserError(
             "dedup.hierarchy must be of the embeddings behind dedup.neighbors: it was made from others",
@@ -216,4 +227,5 @@ STAGE = Stage(
     reads={"neighbors": ("neighbors",)},
     optional={"hierarchy": ("cluster",)},
     through=("neighbors.embeddings", "neighbors.embeddings.pool", "hierarchy.embeddings"),
+    check=check,
 )

@@ -17,7 +17,7 @@ from curation.store import Location
 from embedding.decode import MAX_PIXELS
 from pipelines.errors import UserError
 from pipelines.stage import Inputs, Output, Stage
-from pipelines.stages.embed import Model, embed_pool, executor_gpus, look
+from pipelines.stages.embed import Model, embed_pool, look
 from pipelines.stages.neighbors import Base, nearest_in_base
 from training.evaluate import EvaluateConfig
 from training.probes import knn_vote
@@ -35,8 +35,7 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Output, executor: Executor)
     pools: dict[str, Artifact] = {name: inputs[name] for name in ("bank", "queries")}
     labelled = Artifact(out.scratch("labelled"))
     classes = find_classes(pools["bank"], labelled, executor)
-    device = "cuda" if executor_gpus(executor) else "cpu"
-    model = Model(config.backbone, inputs.get("backbone"), config.pooling, device)
+    model = Model(config.backbone, inputs.get("backbone"), config.pooling)
     voters = embedded(model, pools["bank"], labelled, "bank", out, executor)
     asked = embedded(model, pools["queries"], None, "queries", out, executor)
     labels = on_worker(executor, bank_labels, {"pool": pools["bank"], "classes": classes})

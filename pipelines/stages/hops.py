@@ -38,6 +38,7 @@ from curation.neighbors import Neighbors
 from curation.selection import read_selection, rows_among
 from curation.shuffle import read_shuffle, write_shuffle
 from curation.store import Location
+from pipelines.rows import rows_covered
 from pipelines.stage import SCRATCH, Output, make_aside
 from pipelines.stages.neighbors import Base, nearest_in_base
 
@@ -79,7 +80,7 @@ def looked_at(part: Part, job: Job) -> tuple[np.ndarray, np.ndarray, Counts]:
     undecoded = np.isin(chosen, covered_rows(job.embeddings.part(part.number, "rejected")))
     if undecoded.any():
         bad, chosen = {"bad": int(undecoded.sum())}, chosen[~undecoded]
-    return chosen, x[rows_among(chosen, rows, "embeddings")], bad
+    return chosen, x[rows_covered(chosen, rows, job.embeddings, job.before)], bad
 
 
 def columns_of(best: Neighbors, row_id: str, similarity: str) -> dict[str, pa.Array]:

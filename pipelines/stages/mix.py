@@ -1,6 +1,6 @@
 """``mix``: several selections of a pool or of its members as one, with the shares of a trainer's batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -8,10 +8,11 @@ import numpy as np
 
 from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, pool_of
 from curation.execute import Executor
-from curation.mix import MIX_FILE, MixConfig, combine, component_facts, spec_of, write_mix, write_mixed
+from curation.mix import MIX_FILE, MixConfig, combine, component_facts, read_mix, spec_of, write_mix, write_mixed
 from curation.selection import Selected, read_selection
 from curation.store import Location
 from pipelines.errors import UserError
+from pipelines.recipe import Step
 from pipelines.stage import SELECTIONS, Inputs, Output, Stage, listed, part_span
 
 POOL_PATHS = ("pool", "embeddings.pool", "neighbors.embeddings.pool", "hierarchy.embeddings.pool")  # of a selection
@@ -30,6 +31,8 @@ def run(config: MixConfig, inputs: Inputs, out: Output, executor: Executor) -> C
     """Write every row that is in a component, with its counts, and the shares as ``mix.json`` if there are any."""
     pool: Artifact = inputs["pool"]
     artifacts = listed(inputs, "components", config.components)
+    for artifact in artifacts:
+        check_unmixed("mix.components", artifact)
     components = [place(name, artifact, pool) for name, artifact in zip(config.components, artifacts, strict=True)]
     spec = spec_of(config.components, config.homogeneous, config.heterogeneous)
     names = [[part_name(i)] for i in range(len(pool.parts))]
@@ -41,6 +44,35 @@ def run(config: MixConfig, inputs: Inputs, out: Output, executor: Executor) -> C
         out.facts["mix"] = {"homogeneous": dict(config.homogeneous), "heterogeneous": dict(config.heterogeneous)}
     out.facts["components"], counts = component_facts(config.components, add_counts(file.counts for file in out.files))
     return {**counts, "bad": 0}
+
+
+def check(name: str, config: MixConfig, inputs: Mapping[str, Step]) -> None:
+    """No mix with shares in a mix. Raises UserError before anything runs."""
+    refuse_mixes(name, inputs)
+
+
+def refuse_mixes(name: str, inputs: Mapping[str, Step]) -> None:
+    """Whoever decides about rows decides about the components of a mix: its own output has no shares.
+
+    Raises UserError when an input of the step is a mix with shares.
+    """
+    for key, step in inputs.items():
+        if step.stage == "mix" and step.config is not None and (step.config.homogeneous or step.config.heterogeneous):
+            raise mix_error(f"{name}.{key.partition('.')[0]}", step.name)
+
+
+def check_unmixed(key: str, selection: Artifact | None) -> None:
+    """As ``refuse_mixes``, of a finished selection."""
+    if selection is not None and read_mix(selection.location) is not None:
+        raise mix_error(key, str(selection.location))
+
+
+def mix_error(key: str, got: str) -> UserError:
+    """The sentence for a mix where its shares would be lost."""
+    return UserError(
+        f"{key} must not be a mix with shares, which it would lose: got {got}",
+        "put this step before the mix, on a component; only shards and embed read a mix with shares",
+    )
 
 
 def place(name: str, artifact: Artifact, pool: Artifact) -> Component:
@@ -112,4 +144,5 @@ STAGE = Stage(
     reads={"pool": ("pool",)},
     lists={"components": ("pool", *SELECTIONS)},
     through=tuple(f"components.{path}" for path in prefixes(POOL_PATHS)),
+    check=check,
 )

@@ -4,6 +4,7 @@ Scan (a unit a task), exact duplicates (a hash partition a task), numbered parts
 hand to one another lies in scratch files, so an interrupted pool goes on where it was.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -14,10 +15,12 @@ import pyarrow.compute as pc
 
 from curation.artifact import Counts, FileInfo, add_counts, part_name, read_table, write_table
 from curation.execute import Executor
+from curation.listing import Listing, Root, join_listings, list_source
 from curation.pool import (
     DUPLICATE_RECORD,
     KEY_RECORD,
     KEYS_PER_PARTITION,
+    MEASURES,
     POOL_SCHEMA,
     REJECTED_SCHEMA,
     SCAN_SCHEMA,
@@ -26,9 +29,10 @@ from curation.pool import (
     key_partition,
     key_records,
     part_sizes,
+    scan_schema,
 )
 from curation.shuffle import read_shuffle, write_shuffle
-from curation.sources import Listing, Unit, list_source, plan_units, read_unit, split_parquet
+from curation.sources import Unit, plan_units, read_unit, split_parquet
 from curation.store import Entry, Location
 from curation.tars import Record
 from pipelines.errors import UserError
@@ -46,18 +50,26 @@ class Task(NamedTuple):
 
 
 def look(config: PoolConfig) -> tuple[Sequence[Entry], Listing]:
-    """List the source; there must be something."""
-    source = Location(config.source).resolved()
+    """List the sources; each must be another and have something."""
+    sources = [Location(source).resolved() for source in config.sources]
+    places = [os.path.realpath(source.uri) if source.is_local else source.uri.rstrip("/") for source in sources]
+    again = [source for i, source in enumerate(sources) if places[i] in places[:i]]
+    if again:
+        raise UserError(f"pool.source must name every source once: got {again[0]} twice", "leave one of them out")
     try:
-        listing = list_source(source)
+        listings = [list_source(source) for source in sources]
     except ValueError as e:
-        raise UserError(str(e), "a source is a folder of images, .tar and .parquet files, or one such file") from e
-    if not listing.entries:
         raise UserError(
-            f"{config.source} must hold images, tars or Parquet files: got none",
-            "hidden files and metadata (.json, .txt, ...) are not images; links to folders are not followed",
-        )
-    return listing.entries, listing
+            str(e), "a source is a folder of images, .tar and .parquet files, one such file, or a .txt list of some"
+        ) from e
+    for source, listing in zip(config.sources, listings, strict=True):
+        if not listing.entries:
+            raise UserError(
+                f"{source} must hold images, tars or Parquet files: got none",
+                "hidden files and metadata (.json, .txt, ...) are not images; links to folders are not followed",
+            )
+    listing = join_listings(listings)
+    return [*listing.entries, *listing.sides], listing
 
 
 def run(config: PoolConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
@@ -67,7 +79,8 @@ def run(config: PoolConfig, inputs: Inputs, out: Output, executor: Executor) -> 
     scans = out.scratch("scan")
     made = {entry.name for entry in scans.list()} if scans.is_folder() else set()
     todo = [task for task in tasks if part_name(task.number) not in made]
-    for _ in executor.map(partial(scan, config=config, root=listing.root, out=scans), todo):
+    look_at = partial(scan, config=config, root=listing.root, out=scans, notes=out.scratch("decoding"))
+    for _ in executor.map(look_at, todo):
         pass
     n_kept = mark_duplicates(len(tasks), out, executor)
     first_part, sizes = part_sizes(n_kept, config.part_rows)
@@ -93,24 +106,26 @@ def _tasks(config: PoolConfig, listing: Listing, executor: Executor) -> list[Tas
     return [Task(i, unit) for i, unit in enumerate(units)]
 
 
-def scan(task: Task, config: PoolConfig, root: Location, out: Location) -> None:
+def scan(task: Task, config: PoolConfig, root: Root, out: Location, notes: Location) -> None:
     """Look at every record of a unit: one row each, with a key and header facts, or with a reason."""
-    from embedding.decode import BadImage, check_size, inspect_image
+    from embedding.decode import BadImage
+    from embedding.measures import scan_image
+    from pipelines.isolation import decoding
+
+    limits = (config.max_pixels, config.min_side, config.max_aspect_ratio)
 
     def looked_at(record: Record) -> dict[str, object]:
         row: dict[str, object] = {name: getattr(record, name, None) for name in SCAN_SCHEMA.names}
         if record.data is None:
-            return {**row, "reason": "undecodable", "detail": record.detail}
-        row |= {"n_bytes": len(record.data), "key": sha256(record.data), "detail": None}
-        facts = inspect_image(record.data, config.max_pixels)
-        if isinstance(facts, BadImage):
-            return {**row, "reason": facts.reason, "detail": facts.detail}
-        row |= {"format": facts.format, "width": facts.width, "height": facts.height}
-        wrong = check_size(facts, config.min_side, config.max_aspect_ratio)
-        return row if wrong is None else {**row, "reason": wrong.reason, "detail": wrong.detail}
+            return {**row, "reason": record.reason or "undecodable"}
+        row |= {"n_bytes": len(record.data), "key": sha256(record.data), "detail": None, "reason": None}
+        found = call(scan_image, record.data, *limits, config.measures)
+        return {**row, **(vars(found) if isinstance(found, BadImage) else found)}
 
     records = read_unit(root, task.unit, config.image_column, config.label_column)
-    write_table(out / part_name(task.number), rows_to_table(map(looked_at, records)))
+    with decoding(notes / part_name(task.number)) as call:
+        table = rows_to_table(map(looked_at, records), scan_schema(config.measures))
+    write_table(out / part_name(task.number), table)
 
 
 def sha256(data: bytes) -> str:
@@ -120,17 +135,17 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def rows_to_table(rows: Iterator[dict[str, object]]) -> pa.Table:
-    """Rows of SCAN_SCHEMA as a table, a batch of Python values at a time."""
+def rows_to_table(rows: Iterator[dict[str, object]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table, a batch of Python values at a time."""
     batches: list[pa.RecordBatch] = []
     waiting: list[dict[str, object]] = []
     for row in rows:
         waiting.append(row)
         if len(waiting) == SCAN_BATCH:
-            batches.append(pa.RecordBatch.from_pylist(waiting, SCAN_SCHEMA))
+            batches.append(pa.RecordBatch.from_pylist(waiting, schema))
             waiting = []
-    batches.append(pa.RecordBatch.from_pylist(waiting, SCAN_SCHEMA))
-    return pa.Table.from_batches(batches, SCAN_SCHEMA)
+    batches.append(pa.RecordBatch.from_pylist(waiting, schema))
+    return pa.Table.from_batches(batches, schema)
 
 
 def partitions(n_units: int, out: Output) -> int:
@@ -187,6 +202,7 @@ def write_unit(
     rejected = reject_duplicates(scanned, again, names_of_first(again, scratch))
     files = [write_rejected(out / part_name(unit, "rejected"), rejected)]
     kept = scanned.filter(pc.is_null(rejected["reason"]))
+    columns = [*POOL_SCHEMA.names, *(name for name in scanned.column_names if name in MEASURES)]
     for k, start in enumerate(range(0, kept.num_rows, part_rows)):
         location = out / part_name(first_part + k)
         if whole := whole_files(out, [location.name]):
@@ -194,7 +210,7 @@ def write_unit(
             continue
         rows = kept.slice(start, part_rows)
         ids = pa.array(np.arange(row_id + start, row_id + start + rows.num_rows))
-        table = rows.append_column("row_id", ids).select(POOL_SCHEMA.names)
+        table = rows.append_column("row_id", ids).select(columns)
         counts = {"rows": rows.num_rows, "kept": rows.num_rows}
         files.append(write_table(location, table, counts))
     return files
@@ -260,4 +276,4 @@ def check_bad(most: float, counts: Counts, out: Output) -> None:
     )
 
 
-STAGE = Stage(version=3, config=PoolConfig, run=run, locations=("source",), look=look)
+STAGE = Stage(version=4, config=PoolConfig, run=run, locations=("source",), look=look)

@@ -15,23 +15,27 @@ from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name,
 from curation.embeddings import covered_rows
 from curation.execute import Executor
 from curation.retrieve import DRAFTED, Planned, RetrieveConfig, judge
-from curation.selection import write_selection
+from curation.selection import carried_count, write_selection
 from curation.shuffle import read_shuffle
 from curation.store import Location
 from pipelines.errors import UserError
+from pipelines.recipe import Step
 from pipelines.stage import SELECTIONS, Inputs, Output, Stage, listed, part_span
-from pipelines.stages.retrieval.clusters import assign, rows_of_clusters
+from pipelines.stages.mix import check_unmixed, refuse_mixes
+from pipelines.stages.retrieval.clusters import assign, check_level, rows_of_clusters
 from pipelines.stages.retrieval.job import Job, Span, looked_at, read_claims, seed_parts
 from pipelines.stages.retrieval.quotas import cut, plan_pools, share_target
 from pipelines.stages.retrieval.search import search
 
 
-def check(name: str, config: RetrieveConfig, inputs: Mapping[str, str]) -> None:
-    """Keys that belong to the mode, and to no other. Raises UserError before anything runs."""
+def check(name: str, config: RetrieveConfig, inputs: Mapping[str, Step]) -> None:
+    """Keys of the mode and of no other, a level that is there, no mix with shares. Raises UserError before anything
+    runs."""
+    refuse_mixes(name, inputs)
     own = {"sample": ("embeddings", "n_neighbors"), "cluster": ("hierarchy", "min_hits", "per_cluster", "level")}
     [other] = own.keys() - {config.mode}
     for key in own[other]:
-        value = inputs.get(key, getattr(config, key, None))
+        value = inputs[key].name if key in inputs else getattr(config, key, None)
         if value is not None:
             raise UserError(
                 f"{name}.{key} must be left out in mode {config.mode!r}: got {value!r}",
@@ -44,6 +48,8 @@ def check(name: str, config: RetrieveConfig, inputs: Mapping[str, str]) -> None:
             f"{name} must name its {needed} in mode {config.mode!r}: got none",
             f"add {needed}: and a step of stage {kind} over the pool to retrieve from",
         )
+    if needed == "hierarchy" and inputs[needed].config is not None:
+        check_level(f"{name}.level", config, len(inputs[needed].config.n_clusters))
 
 
 def run(config: RetrieveConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
@@ -56,13 +62,14 @@ def run(config: RetrieveConfig, inputs: Inputs, out: Output, executor: Executor)
     its centroid) of every row; near_row is the seed image nearest to the centroid, and a row that several seed pools
     retrieved is of the one whose image is nearest.
 
-    With a ``selection`` its rows alone are looked at; those that were not decoded are bad. Facts say of every seed
-    pool what it asked for and what became of it: an image counts for every seed pool that retrieved it. The driver
-    holds O(parts); what each task holds is told by its kernel.
+    With a ``selection`` its rows alone are looked at, and its counts go on; those that were not decoded are bad.
+    Facts say of every seed pool what it asked for and what became of it: an image counts for every seed pool that
+    retrieved it. The driver holds O(parts); what each task holds is told by its kernel.
     """
     source: Artifact = inputs["embeddings"] if config.mode == "sample" else inputs["hierarchy"]
     embeddings = source if config.mode == "sample" else source.input("embeddings")
     pools = listed(inputs, "seeds", config.seeds)
+    check_unmixed("retrieve.selection", inputs.get("selection"))
     check_seeds(config, pools, embeddings)
     job = Job(config, source, embeddings, inputs.get("selection"), seed_parts(pools), out.location)
     spans = part_span(pool_of(embeddings))
@@ -142,6 +149,7 @@ def write_part(
         seed=pa.array(verdict.seed, mask=none),
         seed_pools=pa.array(verdict.seed_pools),
         **why,
+        **carried_count(job.before, index, rows, verdict.kept),
     )
 
 

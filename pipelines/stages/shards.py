@@ -1,9 +1,9 @@
 """``shards``: the selected images as WebDataset tars, shuffled twice, original bytes."""
 
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -11,23 +11,33 @@ import pyarrow as pa
 from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, read_table, write_table
 from curation.copies import apply_changes, change_dtype, counted_keys, merge_copies, record_dtype
 from curation.execute import Executor
+from curation.images import Images, Part, open_images
 from curation.mix import MIX_FILE, MixSpec, component_facts, read_columns, read_mix, write_mix
-from curation.pool import KEYS_PER_PARTITION, key_partition, source_of_part
+from curation.pool import KEYS_PER_PARTITION, POOL_SCHEMA, key_partition, source_of_part
 from curation.selection import selected_rows
 from curation.shards import (
     ShardsConfig,
-    TarWriter,
     index_schema,
     mixed_order,
     plan_groups,
     shard_bounds,
-    write_sample,
 )
 from curation.shuffle import read_shuffle, write_shuffle
-from curation.sources import read_checked
 from curation.store import Location
+from curation.tar_writer import BLOCK, TarWriter, lay_out
 from pipelines.errors import UserError
 from pipelines.stage import SELECTIONS, Inputs, Output, Stage, whole_files
+
+Result = TypeVar("Result")
+N_THREADS = 2  # shards of a group written at a time: one is hashed while the other waits for the disk
+# What is read of a pool. Texts are large: those of a group, or of a shard, can have more than 2^31 bytes.
+ROW_SCHEMA = pa.schema(
+    [
+        pa.field(field.name, pa.large_string() if field.type == pa.string() else field.type)
+        for field in POOL_SCHEMA
+        if field.name != "row_id"
+    ]
+)
 
 
 class Group(NamedTuple):
@@ -161,75 +171,71 @@ def number_groups(groups: list[list[int]], n_selected: list[int], shard_rows: in
 
 
 def write_group(group: Group, config: ShardsConfig, source: Source, out: Location) -> list[FileInfo]:
-    """Gather a group's images in a local scratch file, then write them in mixed order.
+    """Write a group's images in mixed order.
 
-    The scratch file holds one group's bytes; in memory are its rows without images.
+    In memory are its rows without images and a piece of a tar for each of ``N_THREADS``. Images that cannot be read
+    in any order at full speed (small ones, Parquet, S3) are first copied to a local scratch file, which holds one
+    group's bytes. Raises ValueError when an image is not the one that the pool saw.
     """
-    with tempfile.TemporaryFile(prefix="openlvd-") as scratch:
-        rows, places = gather(group, source, scratch)
-        order = mixed_order(len(rows), config.seed, group.number)
-        bounds = shard_bounds(len(rows), config.shard_rows)
-        files: list[FileInfo] = []
-        for k in range(len(bounds) - 1):
-            mine = order[bounds[k] : bounds[k + 1]]
-            files += write_shard(group.first_shard + k, mine, rows, places, scratch, out, source.spec)
-    return files
+    parts = in_threads(partial(part_rows, source), group.parts)
+    rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
+    order = mixed_order(rows.num_rows, config.seed, group.number)
+    bounds = shard_bounds(rows.num_rows, config.shard_rows)
+    numbers = range(group.first_shard, group.first_shard + len(bounds) - 1)
+    with open_images(parts) as images:
+        write = partial(write_shard, rows=rows, images=images, out=out, spec=source.spec)
+        files = in_threads(write, numbers, np.split(order, bounds[1:-1]))
+    return [file for some in files for file in some]
 
 
-def gather(group: Group, source: Source, scratch: BinaryIO) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Copy the images of a group one after the other. Returns their rows and int64 (n, 2) offset and length.
-
-    Raises ValueError when an image is not the one that the pool saw.
-    """
-    rows: list[dict[str, Any]] = []
-    places: list[tuple[int, int]] = []
-    for row, data in images_of(group, source):
-        places.append((scratch.tell(), len(data)))
-        scratch.write(data)
-        rows.append(row)
-    return rows, np.array(places, np.int64).reshape(-1, 2)
+def in_threads(fn: Callable[..., Result], *items: Iterable[Any]) -> list[Result]:
+    """``fn`` of all items, ``N_THREADS`` at a time. When one fails no other is begun; those begun are waited for."""
+    with ThreadPoolExecutor(N_THREADS) as threads:
+        return list(threads.map(fn, *items))
 
 
-def images_of(group: Group, source: Source) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """The selected rows of a group, with how often they are seen, and their bytes."""
-    for part in group.parts:
-        rows, counts = rows_of_part(source, part)
-        table = read_table(source.pool.part(part)).take(pa.array(rows))
-        row_id = pa.array(rows + source.pool.starts[part])  # in a union another than in the member
-        table = table.set_column(table.schema.get_field_index("row_id"), "row_id", row_id)
-        for name, column in zip(["count", *(source.spec.columns if source.spec else ())], counts.T, strict=True):
-            table = table.append_column(name, pa.array(column, pa.int32()))
-        root, image_column = source_of_part(source.pool, part)
-        yield from zip(table.to_pylist(), read_checked(root, table, image_column), strict=True)
+def part_rows(source: Source, part: int) -> Part:
+    """The rows of a part that go into shards, with how often they are seen."""
+    rows, counts = rows_of_part(source, part)
+    table = read_table(source.pool.part(part), ROW_SCHEMA.names).take(pa.array(rows)).cast(ROW_SCHEMA)
+    row_id = pa.array(rows + source.pool.starts[part])  # in a union another than in the member
+    table = table.append_column("row_id", row_id)
+    for name, column in zip(["count", *(source.spec.columns if source.spec else ())], counts.T, strict=True):
+        table = table.append_column(name, pa.array(column, pa.int32()))
+    return Part(*source_of_part(source.pool, part), table)
 
 
 def write_shard(
-    index: int,
-    mine: np.ndarray,
-    rows: list[dict[str, Any]],
-    places: np.ndarray,
-    scratch: BinaryIO,
-    out: Location,
-    spec: MixSpec | None,
+    index: int, mine: np.ndarray, rows: pa.Table, images: Images, out: Location, spec: MixSpec | None
 ) -> list[FileInfo]:
-    """One tar and, once that is whole, its index."""
+    """One tar and, once that is whole, its index. ``mine`` are its rows, int64, in their order."""
     if whole := whole_files(out, [shard_name(index), part_name(index)]):
         return whole
-    entries: list[dict[str, Any]] = []
+    samples = rows.take(pa.array(mine))
+    layout = lay_out(samples)
     location = out / shard_name(index)
     with location.side_file() as side, TarWriter(side) as tar:
-        for i in mine.tolist():
-            offset, length = places[i].tolist()
-            scratch.seek(offset)
-            at = write_sample(tar, rows[i], scratch.read(length))
-            entries.append({**rows[i], "offset": at, "length": length})
+        buffer = np.empty(layout.largest_piece(), np.uint8)
+        for first, stop in layout.pieces():
+            piece = buffer[: layout.n_bytes(first, stop)]
+            at = layout.fill(first, stop, piece)
+            images.read(mine[first:stop], piece.data, at)
+            tar.put(piece.data)
     info = FileInfo(location.name, 0, tar.size, tar.sha256(), {})
-    table = pa.Table.from_pylist(entries, index_schema(spec.columns if spec else ()))
-    counts = {"kept": len(entries), "seen_per_epoch": sum(entry["count"] for entry in entries)}
+    places = {"offset": pa.array(layout.images * BLOCK), "length": pa.array(layout.lengths)}
+    schema = index_schema(spec.columns if spec else ())
+    table = pa.table([places[name] if name in places else samples[name] for name in schema.names], schema.names)
+    return [info, write_table(out / part_name(index), table.cast(schema), count_samples(samples, spec))]
+
+
+def count_samples(samples: pa.Table, spec: MixSpec | None) -> Counts:
+    """The counts of a shard."""
+    counts = {"kept": samples.num_rows, "seen_per_epoch": int(samples["count"].to_numpy().sum(dtype=np.int64))}
     for name, column in zip(spec.components, spec.columns, strict=True) if spec else ():
-        counts[f"rows:{name}"] = sum(entry[column] > 0 for entry in entries)
-        counts[f"samples:{name}"] = sum(entry[column] for entry in entries)
-    return [info, write_table(out / part_name(index), table, counts)]
+        times = samples[column].to_numpy()
+        counts[f"rows:{name}"] = int((times > 0).sum())
+        counts[f"samples:{name}"] = int(times.sum(dtype=np.int64))
+    return counts
 
 
 STAGE = Stage(

@@ -4,7 +4,7 @@ The artifact is a list: ``members.json`` says what it is made of, and ``Artifact
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from curation.artifact import Artifact, Counts, FileInfo, add_counts, describe, pool_of
@@ -12,26 +12,41 @@ from curation.execute import Executor
 from curation.store import Location
 from curation.union import UnionConfig
 from pipelines.errors import UserError
+from pipelines.recipe import Step
 from pipelines.stage import Inputs, Output, Stage, listed
 
 NAME = "members.json"
+
+
+def check(name: str, config: UnionConfig, inputs: Mapping[str, Step]) -> None:
+    """A pool for embeddings, and for them alone. Raises UserError before anything runs."""
+    check_pool(name, next(step.kind for key, step in inputs.items() if key.startswith("members.")), "pool" in inputs)
+
+
+def check_pool(name: str, kind: str, given: bool) -> None:
+    """Raise UserError unless a union of embeddings, and no other, names its pool."""
+    if kind == "embed" and not given:
+        raise UserError(
+            f"{name}, a union of embeddings, must name its pool: got none", "add pool: the union of their pools"
+        )
+    if kind != "embed" and given:
+        raise UserError(f"{name}.pool is for a union of embeddings: got it with pools", "leave it out")
 
 
 def run(config: UnionConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
     """Write the list of members. For embeddings ``pool`` is the union of their pools, in the same order."""
     members = listed(inputs, "members", config.members)
     pool: Artifact | None = inputs.get("pool")
-    if members[0].kind == "embed":
+    check_pool("union", members[0].kind, pool is not None)
+    if pool is not None:
         check_embeddings(config.members, members, pool)
         out.facts |= members[0].facts
-    elif pool is not None:
-        raise UserError("union.pool is for a union of embeddings: got it with pools", "leave it out")
     out.make(partial(write_members, members=members, out=out.location), [NAME], [[NAME]])
     counts = add_counts(part.counts for member in members for part in member.parts)
     return {"rows": counts["kept"], "kept": counts["kept"], "dropped": 0, "bad": 0}
 
 
-def check_embeddings(names: Sequence[str], members: Sequence[Artifact], pool: Artifact | None) -> None:
+def check_embeddings(names: Sequence[str], members: Sequence[Artifact], pool: Artifact) -> None:
     """Members of one backbone, and a pool that is the union of theirs. Raises UserError."""
     first = members[0].facts["backbone"]
     for name, member in zip(names, members, strict=True):
@@ -41,8 +56,6 @@ def check_embeddings(names: Sequence[str], members: Sequence[Artifact], pool: Ar
                 f"{member.facts['backbone']['name']} for {name}",
                 "embed every member with the same backbone",
             )
-    if pool is None:
-        raise UserError("a union of embeddings must name its pool: got none", "add pool: the union of their pools")
     if [member.digest for member in pool.members] != [pool_of(member).digest for member in members]:
         raise UserError(
             f"union.pool must be the union of the pools of {', '.join(names)}, in this order: got {pool.location}",
@@ -66,4 +79,5 @@ STAGE = Stage(
     optional={"pool": ("pool",)},
     through=("members.pool",),
     acts_as="members",
+    check=check,
 )

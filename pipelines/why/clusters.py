@@ -8,8 +8,12 @@ import numpy as np
 import pyarrow.compute as pc
 
 from curation.artifact import Artifact, read_table
+from curation.execute import on_worker
+from curation.kmeans import assign_part
 from curation.retrieve import RetrieveConfig
 from curation.store import Location
+from pipelines.stages.retrieval.clusters import centroids_of_level
+from pipelines.stages.retrieval.job import SeedPart, seed_parts
 from pipelines.why.find import Image, rows_where
 from pipelines.why.run import (
     Run,
@@ -175,5 +179,31 @@ def not_retrieved(run: Run, step: Artifact, config: Mapping[str, Any], decision:
     if n_retrieved:
         gave = f"its cluster {decision['cluster']} gave {n_retrieved:,} of {counted(n, 'image')}"
         return f"{gave}; this one was not among them (picked {settings.pick})"
+    if settings.max_rows is not None and max(seeds_in_cluster(run, step, settings, decision["cluster"])) > (
+        settings.most_hits_without
+    ):
+        gave = f"its cluster {decision['cluster']} gave none of {counted(n, 'image')}: its quota was 0"
+        return f"{gave}, because max_rows {settings.max_rows:,} is shared by all clusters that qualify"
     least = settings.most_hits_without + 1
     return f"fewer than {counted(least, 'image')} of any seed pool lie in its cluster {decision['cluster']}"
+
+
+def seeds_in_cluster(run: Run, step: Artifact, config: RetrieveConfig, cluster: int) -> list[int]:
+    """How many images of each seed pool lie in a cluster, found as ``retrieve`` finds it.
+
+    A task holds the centroids of the level and one part of a seed pool.
+    """
+    pools = [step.input(f"seeds.{name}") for name in config.seeds]
+    parts = seed_parts(pools)
+    read = partial(centroids_of_level, tree=step.input("hierarchy"), level=config.cluster_level)
+    shared = {"centroids": on_worker(run.executor, read, {})}
+    found = [0] * len(pools)
+    for seeds, n in zip(parts, run.executor.map(partial(seeds_in_part, cluster=cluster), parts, shared), strict=True):
+        found[seeds.pool] += n
+    return found
+
+
+def seeds_in_part(seeds: SeedPart, cluster: int, centroids: np.ndarray) -> int:
+    """Images of one part of a seed pool in a cluster."""
+    labels, _ = assign_part(seeds.vectors, centroids)
+    return int(np.count_nonzero(labels == cluster))

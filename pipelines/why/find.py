@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from curation.artifact import Artifact, read_table
 from curation.execute import Executor
-from curation.sources import source_root
+from curation.listing import source_root
 from curation.store import Location, RangeFile, file_sha256
 from pipelines.errors import UserError
 from pipelines.rows import place_in_parts
@@ -130,8 +130,15 @@ def is_prefix(asked: str) -> bool:
 
 
 def names_below(pool: Artifact, asked: str) -> tuple[str, ...]:
-    """What the image may be called in this pool: the name itself, and its path below the pool's source."""
-    source = pool.outside("source")
+    """What the image may be called in this pool: the name itself, and its path below one of the pool's sources."""
+    sources = pool.outside("source")
+    found = [names_in(source, asked) for source in sources]
+    names = found[0] if len(sources) == 1 else {f"{i}/{name}" for i, some in enumerate(found) for name in some}
+    return tuple(sorted(name for name in names | {asked} if name and is_text(name)))
+
+
+def names_in(source: Location, asked: str) -> set[str]:
+    """What the image may be called in one source."""
     roots = {source.uri.rstrip("/"), source_root(source).uri.rstrip("/")}
     places = {asked}
     if source.is_local:
@@ -139,8 +146,7 @@ def names_below(pool: Artifact, asked: str) -> tuple[str, ...]:
         places |= {os.path.abspath(here), os.path.realpath(here)} if "\0" not in here else set()  # noqa: PTH100
         roots |= {os.path.realpath(root) for root in roots}
     names = {asked, os.path.normpath(asked)} if asked else set()
-    names |= {place[len(root) + 1 :] for place in places for root in roots if place.startswith(root + "/")}
-    return tuple(sorted(name for name in names if name and is_text(name)))
+    return names | {place[len(root) + 1 :] for place in places for root in roots if place.startswith(root + "/")}
 
 
 def is_text(name: str) -> bool:

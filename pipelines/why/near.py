@@ -164,7 +164,7 @@ def tell_leak(run: Run, step: Artifact, reference: Artifact, decision: Mapping[s
     """The nearest reference image, and the chain that leads to one in component mode."""
     low, similarity = step.manifest["config"]["min_similarity"], number(decision["similarity"])
     facts: dict[str, Any] = {"min_similarity": low, "similarity": similarity}
-    if decision["near_row"] < 0 or similarity is None:
+    if decision["near_row"] is None or similarity is None:
         return Told("kept", "there is no reference image", facts, [])
     nearest = picture(run, reference, decision["near_row"])
     facts["nearest"] = nearest

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from curation.artifact import Artifact, pool_of
 from curation.execute import Executor
-from curation.sources import file_at, split_pattern
+from curation.listing import LIST_SUFFIX, file_at, is_list, source_root, split_number, split_pattern
 from curation.store import Location
 from pipelines.rows import place_in_parts
 from pipelines.why.find import Image, name_of, rows_where
@@ -108,11 +108,13 @@ def place_of(pool: Artifact, part: int, values: Mapping[str, Any]) -> dict[str, 
 
     ``gone``: the file is no longer on this machine's disk.
     """
-    source = pool.member(part)[0].outside("source")
-    root, pattern = split_pattern(source)
-    if not pattern and root != source and source.name != values["source"]:
+    sources = pool.member(part)[0].outside("source")
+    number, name = split_number(values["source"]) if len(sources) > 1 else (0, values["source"])
+    source = sources[number]
+    root, pattern = (source_root(source), "") if is_list(source) else split_pattern(source)
+    if not pattern and root != source and source.name != name and not source.name.lower().endswith(LIST_SUFFIX):
         root = source  # a folder that is gone looks like a file, but a file would be called like it
-    location = file_at(root, values["source"])
+    location = file_at(root, name)
     place: dict[str, Any] = {"path": str(location)}
     if inside := {key: values[key] for key in ("member", "offset") if values.get(key) is not None}:
         place["inside"] = inside

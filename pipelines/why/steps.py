@@ -11,12 +11,25 @@ from typing import Any
 import pyarrow.compute as pc
 
 from curation.artifact import Artifact
-from curation.shards import EXTENSIONS
+from curation.pool import MEASURES
+from curation.tar_writer import EXTENSIONS
 from pipelines.stages.shards import shard_name
 from pipelines.why.clusters import tell_cluster, tell_retrieve, tell_sample
 from pipelines.why.find import Image, rows_where
 from pipelines.why.near import tell_decontaminate, tell_dedup, tell_neighbors
-from pipelines.why.run import N_SHOWN, Run, Told, decisions, picture, picture_text, place_of, place_text, row_of, seats
+from pipelines.why.run import (
+    N_SHOWN,
+    Run,
+    Seat,
+    Told,
+    decisions,
+    picture,
+    picture_text,
+    place_of,
+    place_text,
+    row_of,
+    seats,
+)
 
 Tell = Callable[[Run, Artifact, Image], Iterator[Told]]
 
@@ -35,7 +48,8 @@ def tell_pool(run: Run, step: Artifact, image: Image) -> Iterator[Told]:
         return
     label = "" if v["label"] is None else f", label {v['label']}"
     text = f"row {v['row_id']:,} of {int(step.starts[-1]):,}, {image.name}, {v['width']} x {v['height']} {v['format']}"
-    facts = {key: v[key] for key in ("row_id", "format", "width", "height", "n_bytes", "label", "caption")}
+    columns = ("row_id", "format", "width", "height", "n_bytes", "label", "caption", *MEASURES)
+    facts = {key: v[key] for key in columns if key in v}
     shown = ", ".join(image.copies[:N_SHOWN]) + (" and others" if len(image.copies) > N_SHOWN else "")
     copies = [f"refused as exact duplicates of it: {shown}"] if image.copies else []
     text += f", {v['n_bytes']:,} bytes{label}"
@@ -52,14 +66,38 @@ def tell_union(run: Run, step: Artifact, image: Image) -> Iterator[Told]:
 
 
 def tell_select(run: Run, step: Artifact, image: Image) -> Iterator[Told]:
-    """Whether the expression is true of the image, with the columns that it names."""
+    """Whether the expression is true of the image, with the columns and scores that it names."""
     where = step.manifest["config"]["where"]
-    values = {name: value for name, value in image.values.items() if named_in(where, name)}
-    shown = ", ".join(f"{name} is {'null' if value is None else value}" for name, value in values.items())
-    for _, decision in decisions(run, step, image):
+    for seat, decision in decisions(run, step, image):
+        known = {**image.values, "row_id": seat.position, "bytes": image.values["n_bytes"], **scores_of(step, seat)}
+        values = {name: value for name, value in known.items() if named_in(where, name)}
+        shown = ", ".join(f"{name} is {shown_value(value)}" for name, value in values.items())
         outcome = "kept" if decision["kept"] else "dropped"
         text = f"{where} is {'true' if decision['kept'] else 'not true'}" + (f" ({shown})" if shown else "")
         yield Told(outcome, text, {"where": where, "values": values}, [])
+
+
+def scores_of(step: Artifact, seat: Seat) -> dict[str, float | None]:
+    """The scores that a select step knew of an image, None where one does not cover it."""
+    found: dict[str, float | None] = {}
+    for name in step.manifest["config"].get("scores", ()):
+        score = step.input(f"scores.{name}")
+        column = score.facts["column"]
+        found[column] = next((row[column] for row in row_of(score.part(seat.part), seat.row)), None)
+    return found
+
+
+def shown_value(value: Any) -> str:
+    """A value of a column in a line of text."""
+    return "null" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def tell_score(run: Run, step: Artifact, image: Image) -> Iterator[Told]:
+    """The number that the head gave the image."""
+    column, backbone = step.facts["column"], step.facts["backbone"]["name"]
+    for _, scored in decisions(run, step, image):
+        text = f"{column} is {shown_value(scored[column])} (a head on {backbone})"
+        yield Told("scored", text, {"column": column, "value": scored[column], "backbone": backbone}, [])
 
 
 def named_in(expression: str, column: str) -> bool:
@@ -149,6 +187,7 @@ TELL: dict[str, Tell] = {
     "union": tell_union,
     "select": tell_select,
     "embed": tell_embed,
+    "score": tell_score,
     "neighbors": tell_neighbors,
     "dedup": tell_dedup,
     "decontaminate": tell_decontaminate,

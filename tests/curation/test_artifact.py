@@ -209,8 +209,14 @@ def test_the_pool_of_an_artifact_is_found_along_its_inputs(tmp_path):
 
 def test_outside_sources_may_have_moved(tmp_path):
     made = make(Location(str(tmp_path)), [1], {"locations": {"source": "/old"}})
-    assert made.outside("source").uri == "/old"
-    assert Artifact(made.location, {"source": "s3://new/x"}).outside("source").uri == "s3://new/x"
+    assert made.outside("source") == (Location("/old"),)
+    assert Artifact(made.location, {"source": "s3://new/x"}).outside("source") == (Location("s3://new/x"),)
+    several = make(Location(str(tmp_path / "several")), [1], {"locations": {"source": ["/old", "s3://old/x"]}})
+    assert several.outside("source") == (Location("/old"), Location("s3://old/x"))
+    assert Artifact(several.location, {"source": ["/new", "/x"]}).outside("source") == (
+        Location("/new"),
+        Location("/x"),
+    )
 
 
 def test_only_the_place_travels(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from curation.sources import list_source, source_root
+from curation.listing import list_source, source_root
 from curation.store import Location
 
 NAMES = ["a.jpg", "b.png", "sub/a.jpg", "sub/deep/a.jpg", "sub/deep/[1] x.jpg", "photos [old]/c.jpg", "train-0.parquet"]

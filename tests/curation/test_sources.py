@@ -9,7 +9,10 @@ import os
 import socket
 import tarfile
 import tempfile
+import threading
+import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +21,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation import sources, tars
+from curation.listing import ROOT_FILE, file_at, list_source, source_root
 from curation.sources import (
     Unit,
-    file_at,
-    list_source,
+    ahead,
     plan_units,
     read_checked,
     read_images,
     read_ranges,
     read_unit,
-    source_root,
     split_parquet,
 )
-from curation.store import Location, client
+from curation.store import S3_REQUESTS, Location, client
 from curation.tars import Record, read_tar, split_key
 
 USTAR, PAX, GNU = tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT
@@ -82,7 +84,7 @@ def pool_rows(records):
 
 def test_a_folder_is_listed_by_name_without_hidden_files_and_metadata(place):
     images = ["a.jpg", "b [1]/c d.PNG", "b [1]/sub/x", "é/日本.webp", "z#1.tar", "z.parquet"]
-    ignored = [".hidden.jpg", "b [1]/.git/x.jpg", "__MACOSX/a.jpg", "a.json", "a.TXT", "b [1]/list.csv", "x.y.sha256"]
+    ignored = [".hidden.jpg", "b [1]/.git/x.jpg", "__MACOSX/a.jpg", "c.json", "c.TXT", "b [1]/list.csv", "x.y.sha256"]
     for name in images + ignored:
         (place / name).write(name.encode())
     listing = list_source(place)
@@ -355,7 +357,7 @@ def test_what_runs_wrote_below_the_source_is_ignored(place):
     with pytest.raises(ValueError, match=r"runs must not be the root of a run, .*: it holds run\.json"):
         list_source(place / "runs")
     assert list_source(place / "runs/shards").entries  # what a run made may be a source
-    assert sources.ROOT_FILE == "run.json"
+    assert ROOT_FILE == "run.json"
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tgz", "b/A.TAR.GZ"])
@@ -874,3 +876,87 @@ def test_ranges_that_nearly_touch_are_one_request_of_bounded_size(on_s3, monkeyp
     found = list(read_ranges(on_s3 / "x", offsets, lengths))
     assert found == [data[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
     assert asked == ["bytes=0-59", "bytes=90-94", "bytes=95-190", "bytes=300-449", "bytes=290-294", "bytes=310-310"]
+
+
+# several requests at a time
+
+
+class Requests:
+    """Reads that note how many are on their way and how many bytes nobody has taken."""
+
+    def __init__(self, sizes):
+        self.sizes, self.lock, self.now, self.most, self.bytes, self.most_bytes = sizes, threading.Lock(), 0, 0, 0, 0
+
+    def read(self, i):
+        with self.lock:
+            self.now, self.bytes = self.now + 1, self.bytes + self.sizes[i]
+            self.most, self.most_bytes = max(self.most, self.now), max(self.most_bytes, self.bytes)
+        time.sleep(0.002 * (i % 3))
+        with self.lock:
+            self.now -= 1
+        if self.sizes[i] == 13:
+            raise OSError(f"broken {i}")
+        return i
+
+
+def test_what_is_asked_for_ahead_comes_in_order_within_bounds(monkeypatch):
+    monkeypatch.setattr(sources, "AHEAD_BYTES", 50)
+    rng = np.random.default_rng(0)
+    sizes = [*rng.integers(1, 12, 100).tolist(), 70, 90, *[1] * 60]
+    requests = Requests(sizes)
+    for i, got in enumerate(ahead((partial(requests.read, i) for i in range(len(sizes))), sizes)):
+        assert got == i
+        with requests.lock:
+            requests.bytes -= sizes[i]
+    assert 2 < requests.most <= S3_REQUESTS and 50 < requests.most_bytes <= 90  # one that is larger goes alone
+    assert list(ahead([], [])) == []
+
+
+def test_an_error_comes_in_its_turn_and_nothing_is_left_running():
+    requests = Requests([1] * 5 + [13] + [1] * 200)
+    got = []
+    with pytest.raises(OSError, match="broken 5"):
+        for i in ahead((partial(requests.read, i) for i in range(206)), requests.sizes):
+            got.append(i)
+    assert got == [0, 1, 2, 3, 4] and requests.now == 0 and requests.bytes < 60
+    first = ahead((partial(requests.read, i) for i in range(206)), requests.sizes)
+    assert next(first) == 0
+    first.close()  # as when a step stops
+    assert requests.now == 0
+
+
+def test_loose_files_on_s3_are_asked_for_together(on_s3, monkeypatch):
+    """As many as one process may, in the scan and when they are read again; the same records as one by one."""
+    for i in range(40):
+        (on_s3 / f"{i % 4}/{i:02d}.jpg").write(bytes([i]) * (i + 1))
+    (on_s3 / "1/05.txt").write(b"five")
+    (on_s3 / "3/39.json").write(b'{"n": 39}')
+    listing = list_source(on_s3)
+    real, lock, now, most = Location.read, threading.Lock(), [0], [0]
+
+    def slow(self, *args):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.01)
+        try:
+            return real(self, *args)
+        finally:
+            with lock:
+                now[0] -= 1
+
+    monkeypatch.setattr(Location, "read", slow)
+    client().delete_object(Bucket=on_s3.bucket, Key=f"{on_s3.key}/2/22.jpg")
+    [unit] = plan_units(listing, 100)
+    records = list(read_unit(on_s3, unit, "image", "label"))
+    assert 4 < most[0] <= S3_REQUESTS
+    order = sorted(range(40), key=lambda i: (i % 4, i))
+    assert [r.source for r in records] == [f"{i % 4}/{i:02d}.jpg" for i in order]
+    assert [r.data for r in records] == [None if i == 22 else bytes([i]) * (i + 1) for i in order]
+    assert [(r.source, r.caption, r.metadata) for r in records if r.caption or r.metadata] == [
+        ("1/05.jpg", "five", None), ("3/39.jpg", None, '{"n": 39}'),
+    ]  # fmt: skip
+    most[0] = 0
+    there = [record for record in records if record.data is not None]
+    assert list(read_checked(on_s3, pool_rows(there))) == [record.data for record in there]
+    assert 4 < most[0] <= S3_REQUESTS

@@ -8,6 +8,7 @@ from embedding.config import EmbedConfig
     [
         ({"backbone": ""}, "embed.backbone must be 'pixels', a folder or a Hugging Face name"),
         ({"backbone": "pixels", "pooling": "max"}, r"embed.pooling must be one of .*: got 'max'"),
+        ({"backbone": "pixels", "precision": "int8"}, r"embed.precision must be one of .*: got 'int8'"),
         ({"backbone": "pixels", "max_pixels": 0}, "embed.max_pixels must be at least 1: got 0"),
         ({"backbone": "pixels", "max_bad_fraction": 1.5}, r"embed.max_bad_fraction must be in \[0, 1\]: got 1.5"),
         ({"backbone": "pixels", "max_bad_fraction": float("nan")}, r"must be in \[0, 1\]: got nan"),

@@ -1,13 +1,19 @@
 import io
+import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from embedding.backbone import Backbone, load_backbone
 from embedding.decode import decode_rgb
-from embedding.embed import BATCH_IMAGES, embed_images, unit_rows
-from embedding.preprocess import pixel_descriptor
+from embedding.embed import BATCH_IMAGES, Waited, ahead, embed_images, embed_stream, unit_rows
+from embedding.preprocess import Preprocess, pixel_descriptor
+from embedding.vit import ViT
+from embedding.vit_config import ViTConfig
 
 
 def file(seed):
@@ -58,6 +64,110 @@ def test_batches_are_cut_at_fixed_places():
     np.testing.assert_array_equal(np.concatenate([p.embeddings for p in pieces]), whole.embeddings)
     np.testing.assert_array_equal(np.concatenate([p.good + i * cut for i, p in enumerate(pieces)]), whole.good)
     np.testing.assert_allclose(np.linalg.norm(whole.embeddings, axis=1), 1, atol=1e-6)
+
+
+def small_vit():
+    vit = ViT(ViTConfig(width=32, depth=1, heads=2, patch_size=8, layer_scale=0.5))
+    return vit.eval().requires_grad_(False)
+
+
+def vit_backbone(seen=None):
+    vit, preprocess = small_vit(), Preprocess(size=40, crop=32)
+
+    def forward(batch):
+        if seen is not None:
+            seen.append(len(batch))
+        with torch.inference_mode():
+            return vit(torch.from_numpy(batch)).cls.numpy()
+
+    return Backbone(32, {}, preprocess, forward)
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, BATCH_IMAGES, 2 * BATCH_IMAGES + 9])
+def test_threads_change_no_byte_and_no_batch(n):
+    images = [file(i) if i % 5 else b"bad" for i in range(n)]
+    seen = {}
+    for threads in (0, 1, 2, 5):
+        seen[threads] = []
+        parts = list(embed_stream(vit_backbone(seen[threads]), iter(images), threads=threads))
+        if threads == 0:
+            want = parts
+        assert len(parts) == len(want) == -(-n // BATCH_IMAGES)
+        for a, b in zip(parts, want, strict=True):
+            np.testing.assert_array_equal(a.embeddings, b.embeddings)
+            np.testing.assert_array_equal(a.good, b.good)
+            assert a.bad == b.bad
+    assert all(batches == seen[0] for batches in seen.values())
+    whole = embed_images(vit_backbone(), images)
+    np.testing.assert_array_equal(
+        np.concatenate([whole.embeddings[:0], *(p.embeddings for p in want)]), whole.embeddings
+    )
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_batch_may_be_of_any_size(threads):
+    seen = []
+    images = [file(i) for i in range(50)]
+    parts = list(embed_stream(vit_backbone(seen), images, batch=20, threads=threads))
+    assert seen == [20, 20, 10]
+    rows = np.concatenate([part.embeddings for part in parts])
+    np.testing.assert_allclose(rows, embed_images(vit_backbone(), images).embeddings, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_ahead_keeps_the_order_and_the_window(threads):
+    rng = np.random.default_rng(threads)
+    naps = rng.uniform(0, 0.004, 60)
+    drawn, most = [], []
+
+    def items():
+        for i in range(60):
+            drawn.append(i)
+            yield i
+
+    def work(i):
+        time.sleep(naps[i])
+        return i
+
+    out = []
+    for n, value in enumerate(ahead(work, items(), threads, 5)):
+        most.append(len(drawn) - n)
+        out.append(value)
+    assert out == list(range(60))
+    assert max(most) <= 5 + threads
+
+
+def test_a_reader_that_stops_leaves_no_thread():
+    before = threading.active_count()
+    stream = embed_stream(vit_backbone(), (file(i) for i in itertools.count()), threads=2)
+    next(stream)
+    assert threading.active_count() > before
+    stream.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_what_reading_raises_comes_out(threads):
+    def images():
+        yield from (file(i) for i in range(40))
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(embed_stream(vit_backbone(), images(), threads=threads))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_time_without_data_is_told(threads):
+    def images():
+        for i in range(2 * BATCH_IMAGES):
+            time.sleep(0.002)
+            yield file(i)
+
+    waited = Waited()
+    list(embed_stream(vit_backbone(), images(), threads=threads, waited=waited))
+    assert 0.1 < waited.seconds <= waited.total
+    log = waited.log(64)
+    assert (log["images"], log["waiting_seconds"], log["worker_seconds"]) == (64, waited.seconds, waited.total)
 
 
 def test_unit_rows_by_hand():

@@ -210,6 +210,15 @@ def test_an_interrupted_command_goes_on_and_its_parts_belong_to_it(tiny, tmp_pat
     assert {name: (out / name).stat().st_mtime_ns for name in stamps} == stamps
 
 
+def test_a_failed_command_does_not_keep_its_place(tiny, tmp_path):
+    """Before a file was made there is nothing of others to be mixed with."""
+    args = ["cluster", "--embeddings", f"{tiny.root}/web_vec", "--n-resamples", "2", "--out", tmp_path / "o" / "tree"]
+    with pytest.raises(UserError, match="must be at most the number of rows: got 100000"):
+        openlvd(*args, "--n-clusters", "[100000]")
+    openlvd(*args, "--n-clusters", "[20, 5]", "--resample-size", "[3, 2]")
+    assert Artifact(Location(str(tmp_path / "o" / "tree"))).digest == tiny.artifact("tree").digest
+
+
 LISTENING = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pipelines.cli import main; main()"
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny import digit
 from curation.artifact import Artifact, read_table
 from curation.selection import read_selection
 from curation.store import Location
+from pipelines.cli import main
 from pipelines.engine import plan_recipe, read_root, run_recipe
 from pipelines.errors import TaskError, UserError
 from pipelines.executor import LocalExecutor
@@ -24,8 +26,9 @@ def changed(recipe, step, **config):
     return replace(recipe, steps=tuple(steps))
 
 
-def states(recipe, root):
-    return {r.name: r.state for r in run_recipe(recipe, Location(str(root)), LocalExecutor(recipe.resources))}
+def states(recipe, root, until=None):
+    results = run_recipe(recipe, Location(str(root)), LocalExecutor(recipe.resources), until)
+    return {r.name: r.state for r in results}
 
 
 def test_a_second_run_does_nothing(tiny):
@@ -46,8 +49,7 @@ def test_an_input_with_the_same_bytes_redoes_nothing_below(tiny, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(tiny.root, root)
     found = states(changed(tiny.recipe, "usable", where="width >= 23"), root)
-    assert found["usable"] == "done"
-    assert {name for name, state in found.items() if state == "done"} <= {"usable", "page"}
+    assert {name for name, state in found.items() if state == "done"} == {"usable", "page"}  # the page tells settings
 
 
 def test_new_files_in_the_source_are_noticed(tiny, tmp_path):
@@ -86,6 +88,74 @@ def test_the_status_of_a_root_needs_no_recipe(tiny):
     assert all(isinstance(artifact, Artifact) and artifact.is_complete() for artifact in found.values())
     with pytest.raises(UserError, match="must be the root of a run"):
         read_root(Location(str(tiny.images)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["garbage", "[]", '{"steps": ["a"]}', '{"steps": {"web": 3}}', '{"steps": {"web": {"stage": "pool", "path": 3}}}',
+     '{"steps": {"web": {"stage": "pool", "path": "ftp://a/b"}}}', "\udcff"],
+)  # fmt: skip
+def test_notes_that_cannot_be_read_are_none(tiny, tmp_path, text, capsys, monkeypatch):
+    root = tmp_path / "root"
+    shutil.copytree(tiny.root, root)
+    before = (root / "run.json").read_bytes()
+    (root / "run.json").write_bytes(text.encode(errors="surrogateescape"))
+    words = f"{root} must be the root of a run: its run.json does not say the steps of one"
+    with pytest.raises(UserError, match=words):
+        read_root(Location(str(root)))
+    monkeypatch.setattr(sys, "argv", ["openlvd", "status", str(root)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.startswith(f"error: {words}\n\nhint: ")
+    assert {r.state for r in plan_recipe(tiny.recipe, Location(str(root)))} == {"done before"}
+    assert set(states(tiny.recipe, root).values()) == {"done before"}
+    assert (root / "run.json").read_bytes() == before
+
+
+def noted_done(root):
+    return [name for name, artifact in read_root(Location(str(root))).items() if artifact is not None]
+
+
+def test_a_run_of_some_steps_forgets_no_other(tiny, tmp_path):
+    """Up to a step, or stopped before the first: what is valid still stays noted."""
+    root = tmp_path / "root"
+    shutil.copytree(tiny.root, root)
+    before = (root / "run.json").read_bytes()
+    states(tiny.recipe, root, "usable")
+    assert (root / "run.json").read_bytes() == before
+    run = run_recipe(tiny.recipe, Location(str(root)), LocalExecutor(tiny.recipe.resources))
+    next(run)
+    run.close()
+    assert (root / "run.json").read_bytes() == before
+
+
+def test_what_a_change_makes_obsolete_is_not_noted(tiny, tmp_path):
+    """Settings above it or its own, as soon as the run starts; other bytes above it, as soon as they are there."""
+    root = tmp_path / "root"
+    shutil.copytree(tiny.root, root)
+    names = [step.name for step in tiny.recipe.steps]
+    near = changed(tiny.recipe, "near", min_similarity=0.98)
+    below = {"near", "unique", "clean", "web_vec", "tree", "near_seeds", "near_clusters", "balanced", "shards", "mixed",
+             "mixed_shards", "page"}  # fmt: skip
+    states(near, root, "usable")
+    assert noted_done(root) == [name for name in names if name not in below]
+    states(near, root, "near")
+    assert noted_done(root) == [name for name in names if name not in below - {"near"}]
+    images = tmp_path / "images"
+    shutil.copytree(tiny.images, images)
+    digit(1000).save(images / "exam" / "3" / "new.png")
+    root = tmp_path / "other"
+    shutil.copytree(tiny.root, root)
+    states(changed(tiny.recipe, "exam", source=str(images / "exam")), root, "exam")
+    apart = {"web", "exam", "usable", "web_copy", "near", "unique", "raw", "first", "alike"}
+    assert noted_done(root) == [name for name in names if name in apart]
+
+
+def test_a_step_of_the_same_bytes_keeps_those_below_noted(tiny, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(tiny.root, root)
+    states(changed(tiny.recipe, "usable", where="width >= 23"), root, "usable")
+    assert noted_done(root) == [step.name for step in tiny.recipe.steps if step.name != "page"]
 
 
 def test_times_are_in_the_log_and_not_in_the_manifest(tiny):

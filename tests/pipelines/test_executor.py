@@ -131,6 +131,24 @@ def test_the_item_of_a_lost_task_is_done_again(ray_executor, tmp_path):
     assert (tmp_path / "died").exists()
 
 
+def die_twice(folder: Path, i: int) -> int:
+    deaths = len(list(folder.glob(f"{i}-*")))
+    if deaths < 2:
+        (folder / f"{i}-{deaths}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return i
+
+
+def make_twice_mortal(folder: Path):
+    return partial(die_twice, folder)
+
+
+def test_what_waits_behind_an_item_that_kills_its_worker_has_not_been_tried(ray_executor, tmp_path):
+    """Each needs all its three tries, and each waits behind another that dies."""
+    assert list(ray_executor.map_workers(partial(make_twice_mortal, tmp_path), range(5))) == list(range(5))
+    assert len(list(tmp_path.iterdir())) == 10
+
+
 def always_die(i: int) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return i

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny import EXTRA_STEPS, STEP_OF_STAGE, TRAIN, answer, noise_png
+from tiny import EXTRA_STEPS, STEP_OF_STAGE, TRAIN, answer, noise_png, write_head
 
 from curation import decontaminate, kmeans
 from curation.store import Location
@@ -73,6 +73,8 @@ def recipe(folder: Path) -> dict[str, Any]:
             "mixed_shards": {"stage": "shards", "pool": "both", "selection": "mixed", "shard_rows": 64,
                              "mix_rows": PART_ROWS},
             "first": {"stage": "train", "shards": "shards", **TRAIN},
+            "scored": {"stage": "score", "embeddings": "web_vec", "head": str(folder / "head.safetensors")},
+            "liked": {"stage": "select", "pool": "web", "scores": ["scored"], "where": "score > 0.5 and width > 0"},
             "score": {"stage": "evaluate", "backbone": "pixels", "bank": "web", "queries": "exam"},
             "page": {"stage": "report"},
         }
@@ -102,6 +104,7 @@ def peaks(tmp_path_factory) -> dict[int, dict[str, float]]:
     for n_parts in (FEW, MANY):
         folder = tmp_path_factory.mktemp(f"memory-{n_parts}")
         write_tars(folder / "web", n_parts)
+        write_head(folder / "head.safetensors")
         for label in "ab":
             (folder / "exam" / label).mkdir(parents=True)
             for i in range(8):

@@ -11,7 +11,7 @@ from tiny import N_EXAM, TRAIN, make_images
 from curation.artifact import Artifact, pool_of, read_table
 from curation.mix import MIX_FILE, read_mix
 from curation.store import Location
-from pipelines.engine import run_recipe
+from pipelines.engine import run_alone, run_recipe
 from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
@@ -61,6 +61,8 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def steps(images, tmp_path_factory) -> dict[str, Artifact]:
     mix = {"stage": "mix", "pool": "both"}
+    clean = {"stage": "decontaminate", "embeddings": "vec", "reference": "exam_vec", "min_similarity": 0.97}
+    near = {"stage": "retrieve", "embeddings": "vec", "seeds": ["exam_vec"], "mode": "sample", "n_neighbors": 3}
     tree = steps_of(images) | {
         "mixed": {**mix, "components": ["balanced", "jpeg", "few"], **SHARES},
         "joined": {**mix, "components": ["few", "balanced"]},
@@ -73,6 +75,15 @@ def steps(images, tmp_path_factory) -> dict[str, Artifact]:
         "plain": {"stage": "shards", "pool": "both", "selection": "joined", "shard_rows": 30},
         "everything": {"stage": "shards", "pool": "both", "shard_rows": 60},
         "all": {"stage": "shards", "pool": "both", "selection": "whole", "shard_rows": 60},
+        "exam_vec": {"stage": "embed", "pool": "exam", "backbone": "pixels"},
+        "pictures": {"stage": "select", "pool": "web", "selection": "balanced", "where": "format = 'png'"},
+        "picture_shards": {"stage": "shards", "pool": "web", "selection": "pictures"},
+        "clean": {**clean, "selection": "balanced"},
+        "clean_components": {**clean, "selection": "balanced", "mode": "component"},
+        "near_exam": {**near, "selection": "balanced"},
+        "in_clusters": {"stage": "retrieve", "hierarchy": "tree", "seeds": ["exam_vec"], "selection": "balanced",
+                        "mode": "cluster", "min_hits": 0, "per_cluster": 9},
+        "near_unique": {**near, "selection": "unique"},
         "model": {"stage": "train", "shards": "shards", **TRAIN, "n_steps": 3},
     }  # fmt: skip
     return run(tree, tmp_path_factory.mktemp("mix-root"))
@@ -119,6 +130,63 @@ def test_a_mix_is_the_counts_of_its_components(steps):
         for c, name in enumerate(("balanced", "jpeg", "few"))
     }
     assert steps["mixed"].facts["mix"] == SHARES
+
+
+def counted(steps: dict[str, Artifact], name: str) -> dict[int, int]:
+    """The count of every row that a step made from ``balanced`` looked at; 0 where it was not kept."""
+    found = {}
+    for i, start in enumerate(steps["web"].starts[:-1].tolist()):
+        for row in read_table(steps[name].part(i)).to_pylist():
+            assert (row["count"] > 0) == row["kept"], row
+            found[start + row["row"]] = row["count"]
+    return found
+
+
+@pytest.mark.parametrize("name", ["pictures", "clean", "clean_components", "near_exam", "in_clusters"])
+def test_counts_go_on(steps, name):
+    """What a sample drew several times is as often in what is selected from it."""
+    drawn = {row: count for row, (count,) in rows_of(steps["balanced"], "count").items()}
+    found = counted(steps, name)
+    assert set(found) == set(drawn)
+    kept = {row: count for row, count in found.items() if count}
+    assert kept == {row: drawn[row] for row in kept}
+    assert max(kept.values()) > 1 and len(kept) < len(drawn)
+
+
+def test_counts_reach_the_shards(steps):
+    found = sum(counted(steps, "pictures").values())
+    assert steps["picture_shards"].counts["seen_per_epoch"] == found > steps["pictures"].counts["kept"]
+
+
+def test_a_selection_without_counts_gets_none(steps):
+    assert "count" not in read_table(steps["near_unique"].part(0)).column_names
+
+
+@pytest.mark.parametrize("stage", ["select", "decontaminate", "retrieve", "mix"])
+def test_a_mix_with_shares_is_not_undone(steps, images, tmp_path, stage):
+    """In a recipe, and where the mix is only an artifact. Without shares it is a selection like any other."""
+    tree = {name: steps_of(images)[name] for name in ("web", "exam", "both", "jpeg", "few")}
+    tree["vec"] = {"stage": "embed", "pool": "both", "backbone": "pixels"}
+    step = {
+        "select": {"pool": "both", "selection": "mixed", "where": "width > 9"},
+        "decontaminate": {"embeddings": "vec", "reference": "vec", "selection": "mixed", "min_similarity": 1.0,
+                          "max_drop_fraction": 1.0},
+        "retrieve": {"embeddings": "vec", "seeds": ["vec"], "selection": "mixed", "mode": "sample", "n_neighbors": 2},
+        "mix": {"pool": "both", "components": ["few", "mixed"]},
+    }[stage]  # fmt: skip
+    key = "components" if stage == "mix" else "selection"
+    mixed = {"stage": "mix", "pool": "both", "components": ["jpeg", "few"]}
+    shares = {"heterogeneous": {"jpeg": 0.5, "few": 0.5}}
+    words = f"last.{key} must not be a mix with shares, which it would lose: got mixed"
+    with pytest.raises(UserError, match=words) as caught:
+        parse_recipe({"steps": {**tree, "mixed": {**mixed, **shares}, "last": {"stage": stage, **step}}}, STAGES)
+    assert "before the mix" in caught.value.hint
+    last = parse_recipe({"steps": {**tree, "mixed": mixed, "last": {"stage": stage, **step}}}, STAGES).steps[-1]
+    there = run({**tree, "mixed": mixed}, tmp_path / "root")
+    assert run_alone(last, there, Location(str(tmp_path / "out")), LocalExecutor()).counts["rows"]
+    there["mixed"] = run({**tree, "mixed": {**mixed, **shares}}, tmp_path / "root")["mixed"]
+    with pytest.raises(UserError, match=rf"{stage}\.{key} must not be a mix with shares.*: got .*/mixed/"):
+        run_alone(last, there, Location(str(tmp_path / "other")), LocalExecutor())
 
 
 def test_without_shares_a_mix_is_a_union(steps):

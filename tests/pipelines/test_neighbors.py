@@ -107,8 +107,8 @@ def test_groups_and_ray_change_no_byte(images, steps, tmp_path, monkeypatch, ray
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"unique": {"hierarchy": None}}, "dedup.keep farthest needs a hierarchy: got none"),
-        ({"unique": {"keep": "first"}}, "dedup.hierarchy is for keep farthest or closest: got it with first"),
+        ({"unique": {"hierarchy": None}}, "unique.keep farthest needs a hierarchy: got none"),
+        ({"unique": {"keep": "first"}}, "unique.hierarchy is for keep farthest or closest: got it with first"),
         ({"near": {"embeddings": "other"}}, "neighbors.hierarchy must be of neighbors.embeddings"),
         ({"near": {"embeddings": "other", "hierarchy": None}}, "dedup.hierarchy must be of the embeddings behind"),
     ],

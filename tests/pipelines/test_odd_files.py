@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from curation.artifact import Artifact, read_table
-from curation.sources import file_at
+from curation.listing import file_at
 from curation.store import Location
 from pipelines.engine import run_recipe
 from pipelines.executor import LocalExecutor

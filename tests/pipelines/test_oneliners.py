@@ -1,16 +1,19 @@
 """A folder without copies, and balanced shards of a folder, in one command each."""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +99,8 @@ def dedup(source, out, min_similarity=None, backbone="pixels", most=0.5) -> None
     oneliners.dedup_folder(str(source), str(out), min_similarity, backbone, most, "serial", True)
 
 
-def balance(source, out, target, n_clusters=None) -> None:
-    oneliners.balance_folder(str(source), str(out), target, None, "pixels", n_clusters, 0.5, "serial", True)
+def balance(source, out, target, n_clusters=None, min_similarity=None, backbone="pixels") -> None:
+    oneliners.balance_folder(str(source), str(out), target, min_similarity, backbone, n_clusters, 0.5, "serial", True)
 
 
 def summary(capsys) -> dict:
@@ -276,6 +279,43 @@ def test_a_link_in_the_copy_leads_nowhere(photos, tmp_path):
     assert not (photos / "deep.png").exists()
 
 
+def test_an_earlier_file_behind_a_link_is_not_removed(tmp_path):
+    """The user put a link where a copy was: what it leads to may be the only one of its kind."""
+    photos, out = tmp_path / "photos", tmp_path / "kept"
+    for i, name in enumerate(("sub/a", "b", "c")):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        digit(i).save(photos / f"{name}.png")
+        digit(i, 64).save(photos / f"{name}-larger.png")  # stays when the two are copies
+    before = snapshot(photos)
+    dedup(photos, out, min_similarity=1.0)
+    assert set(files_of(out)) == set(before)
+    shutil.rmtree(out / "sub")
+    (out / "sub").symlink_to(photos / "sub")
+    (out / "b.png").unlink()
+    (out / "b.png").symlink_to(photos / "b.png")
+    dedup(photos, out)
+    assert snapshot(photos) == before
+    assert (out / "sub").is_symlink() and (out / "b.png").is_symlink() and not (out / "c.png").exists()
+
+
+def test_files_do_not_wait_for_the_page(photos, tmp_path, monkeypatch):
+    """Nor does a threshold near 1 stop it, where float32 has fewer values than the histogram has bins."""
+
+    def stopped(*_):
+        raise TaskError("no page today")
+
+    (photos / "again.png").write_bytes(png(digit(1), compress_level=1))  # the pixels of "a folder/with space.png"
+    with monkeypatch.context() as patch:
+        patch.setitem(STAGES, "report", dataclasses.replace(STAGES["report"], run=stopped))
+        with pytest.raises(TaskError, match="no page today"):
+            dedup(photos, tmp_path / "kept", min_similarity=0.999999)
+    assert len(files_of(tmp_path / "kept")) == 13 and (tmp_path / "kept/.openlvd/dropped.csv").exists()
+    assert not (tmp_path / "kept/.openlvd/report.html").exists()
+    dedup(photos, tmp_path / "kept", min_similarity=0.999999)
+    page = (tmp_path / "kept/.openlvd/report.html").read_text()
+    assert "strongest similarity of 1 dropped images, from 0.999999 to 1" in page
+
+
 def test_photos_on_s3(photos, tmp_path, on_s3):
     (photos / "two\nlines.png").unlink()  # the S3 of the tests has no such keys
     for name, data in files_of(photos).items():
@@ -432,22 +472,49 @@ def test_balanced_shards_are_found_again_by_every_command(tiny, tmp_path, capsys
     results = list(run_recipe(recipe, Location(recipe.root or ""), LocalExecutor(recipe.resources)))
     assert {result.state for result in results} == {"done before"}
     assert read_root(Location(str(root)))["shards"].location.uri == str(out)
-    with pytest.raises(UserError, match="got a finished shards artifact of others, fingerprint"):
-        balance(tiny.images / "web", out, 10, [4])
-    assert snapshot(out) == before
-    tree = yaml.safe_load((root / "recipe.yaml").read_text())
-    assert tree["steps"]["balanced"]["target"] == 10  # what was tried: openlvd run makes it below the root
-    balance(tiny.images / "web", out, 20, [4])
-    assert snapshot(out) == before
 
 
-def test_mistakes_are_told_before_the_work(tiny, tmp_path):
-    with pytest.raises(UserError, match=r"sample.target must be at least 1: got 0"):
-        balance(tiny.images / "web", tmp_path / "o", 0)
-    for wrong in ("abc", 100, [3, 5], [2.5]):
-        with pytest.raises(UserError, match=r"concepts.n_clusters|cluster.n_clusters"):
-            balance(tiny.images / "web", tmp_path / "o", 5, wrong)
-    assert not (tmp_path / "o").exists()
+def test_a_finished_set_and_its_notes_stay_as_they_are(tiny, tmp_path):
+    """What would be another set is told before anything is written."""
+    photos, out = tmp_path / "photos", tmp_path / "shards"
+    shutil.copytree(tiny.images / "web", photos)
+    balance(photos, out, 20)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    clusters = yaml.safe_load((out / ".openlvd/recipe.yaml").read_text())["steps"]["concepts"]["n_clusters"]
+    for change, words in [
+        ({"target": 10}, r"made with --target 10: got .*, a finished set made with --target 20"),
+        ({"n_clusters": [4]}, rf"made with --n-clusters \[4\]: got .* with --n-clusters {re.escape(str(clusters))}"),
+        ({"min_similarity": 0.9}, r"made with --min-similarity 0.9: got .* with --min-similarity 0.99"),
+        ({"backbone": str(tmp_path), "min_similarity": 0.99}, r"made with --backbone .*: got .* with --backbone pixel"),
+    ]:
+        with pytest.raises(UserError, match=f"--out must be empty or {words}"):
+            balance(photos, out, **{"target": 20, **change})
+    digit(77).save(photos / "new.png")
+    with pytest.raises(UserError, match=r"of the images that are in .*photos now: got .*, a finished set of others"):
+        balance(photos, out, 20)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    (photos / "new.png").unlink()
+    for n_clusters in (None, clusters):
+        balance(photos, out, 20, n_clusters)
+        assert {path: path.read_bytes() for path in before} == before
+
+
+def test_mistakes_are_told_before_the_work_and_by_the_option(tiny, tmp_path):
+    photos, out = tiny.images / "web", tmp_path / "o"
+    for work, words in [
+        (partial(balance, photos, out, 0), r"--target must be at least 1: got 0"),
+        *[(partial(balance, photos, out, 5, wrong), r"--n-clusters") for wrong in ("abc", 100, [], [3, 5], [2.5])],
+        (partial(balance, photos, out, 5, min_similarity=2.0), r"--min-similarity must be in \(0, 1\]: got 2.0"),
+        (partial(dedup, photos, out, 2.0), r"--min-similarity must be in \(0, 1\]: got 2.0"),
+        (partial(dedup, photos, out, most=3.0), r"--max-drop-fraction must be in \(0, 1\]: got 3.0"),
+        (partial(dedup, photos, out, 0.9, "pixel"), r"--backbone must be pixels, .*: got 'pixel'"),
+    ]:
+        with pytest.raises(UserError, match=rf"\A{words}") as caught:
+            work()
+        assert "step" not in caught.value.hint
+        command = "balance-folder" if work.func is balance else "dedup-folder"
+        assert caught.value.hint in (f"openlvd {command} --help says what every option takes", "did you mean pixels?")
+    assert not out.exists()
 
 
 def test_balanced_shards_on_s3(photos, on_s3):

@@ -142,3 +142,38 @@ def test_overrides_of_what_is_empty():
 def test_a_key_is_a_word():
     with pytest.raises(UserError, match="a key must be a word"):
         parse_yaml("steps:\n  ? [a, b]\n  : 3\n", "r.yaml")
+
+
+VECTORS = {"stage": "embed", "backbone": "pixels"}
+FITTING = {
+    "web": POOL,
+    "exam": POOL,
+    "both": {"stage": "union", "members": ["web", "exam"]},
+    "vec": {**VECTORS, "pool": "web"},
+    "exam_vec": {**VECTORS, "pool": "exam"},
+    "both_vec": {"stage": "union", "members": ["vec", "exam_vec"], "pool": "both"},
+    "tree": {"stage": "cluster", "embeddings": "vec", "n_clusters": [10, 3]},
+    "near": {"stage": "neighbors", "embeddings": "vec", "min_similarity": 0.9},
+    "unique": {"stage": "dedup", "neighbors": "near", "keep": "farthest", "hierarchy": "tree"},
+    "clean": {"stage": "decontaminate", "embeddings": "vec", "reference": "exam_vec", "neighbors": "near",
+              "mode": "component", "min_similarity": 0.9},
+    "found": {"stage": "retrieve", "mode": "cluster", "hierarchy": "tree", "seeds": ["exam_vec"], "level": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "change", "words"),
+    [
+        ("both_vec", {"pool": None}, "both_vec, a union of embeddings, must name its pool: got none"),
+        ("both", {"members": ["web"], "pool": "exam"}, "both.pool is for a union of embeddings: got it with pools"),
+        ("unique", {"hierarchy": None}, "unique.keep farthest needs a hierarchy: got none"),
+        ("unique", {"keep": "closest", "hierarchy": None}, "unique.keep closest needs a hierarchy: got none"),
+        ("unique", {"keep": "first"}, "unique.hierarchy is for keep farthest or closest: got it with first"),
+        ("found", {"level": 2}, "found.level must be below the number of levels, 2: got 2"),
+        ("clean", {"mode": "direct"}, "clean.neighbors is read in mode 'component' alone: got it in mode 'direct'"),
+        ("clean", {"min_similarity": 0.8}, "clean.min_similarity must be at least that of its neighbors, 0.9: got 0.8"),
+    ],
+)
+def test_what_the_steps_above_rule_out_is_told_when_the_recipe_is_read(step, change, words):
+    parse_recipe(tree(**FITTING), STAGES)
+    refused(tree(**{**FITTING, step: {**FITTING[step], **change}}), words)

@@ -19,7 +19,7 @@ from pipelines.lock import STALE_S, lock_root
 def test_a_recipe_on_s3_gives_the_content_of_a_local_one(tiny, on_s3):
     for path in sorted(p for p in tiny.images.rglob("*") if p.is_file()):
         (on_s3 / f"images/{path.relative_to(tiny.images)}").write(path.read_bytes())
-    moved = {"web": "source", "exam": "source", "page": "labels"}
+    moved = {"web": "source", "exam": "source", "page": "labels", "scored": "head"}
     steps = []
     for step in tiny.recipe.steps:
         field = moved.get(step.name)

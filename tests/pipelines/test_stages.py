@@ -8,12 +8,12 @@ import pytest
 from tiny import TRAIN, digit
 
 from curation.artifact import Artifact, read_table
+from curation.listing import ROOT_FILE
 from curation.selection import read_selection
-from curation.sources import ROOT_FILE
 from curation.store import Location
 from pipelines import engine
 from pipelines.engine import run_recipe
-from pipelines.errors import TaskError, UserError
+from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor
 from pipelines.recipe import parse_recipe
 from pipelines.stages import evaluate, sample
@@ -81,9 +81,17 @@ def test_selected_rows_that_embed_rejected_are_bad(tmp_path):
     assert len(seen) == 60 and not any("large" in name for name in seen)
     few = {**steps, "few": {"stage": "select", "pool": "web", "where": "source < '050'"}}
     few["vectors"] = {**few["vectors"], "selection": "few"}
-    order = ("web", "exam", "usable", "few", "vectors", "exam_vectors", "clean")
-    with pytest.raises(TaskError, match="embeddings must cover every row that is asked for"):
-        run_steps(tmp_path / "root", **{name: few[name] for name in order})
+    order = ("web", "exam", "usable", "few", "vectors", "exam_vectors")
+    few["tree"] = {"stage": "cluster", "embeddings": "vectors", "n_clusters": [2], "n_resamples": 0}
+    seeds = {"stage": "retrieve", "seeds": ["exam_vectors"], "selection": "usable"}
+    few["near"] = {**seeds, "mode": "sample", "embeddings": "vectors"}
+    few["group"] = {**seeds, "mode": "cluster", "hierarchy": "tree", "min_hits": 0}
+    words = "the {} artifact .*/{}/.* must cover every row .* are missing, first row .*; the selection is .*/usable/"
+    for last, source in (("clean", "embed vectors"), ("near", "embed vectors"), ("group", "cluster tree")):
+        steps = {name: few[name] for name in (*order, "tree", last)}
+        with pytest.raises(UserError, match=f"step {last}: " + words.format(*source.split())) as caught:
+            run_steps(tmp_path / "root", **steps)
+        assert "embed with this selection" in caught.value.hint
 
 
 def test_an_embedding_step_with_too_many_bad_images_stops(tmp_path):

@@ -10,6 +10,7 @@ from tiny import make_images
 
 from curation.artifact import Artifact, pool_of, read_table
 from curation.embeddings import embedding_parts
+from curation.selection import read_selection
 from curation.store import Location
 from pipelines.engine import run_recipe
 from pipelines.errors import UserError
@@ -56,6 +57,8 @@ def steps(images, tmp_path_factory) -> dict[str, Artifact]:
     tree["tree"] = {"stage": "cluster", "embeddings": "both_vec", "n_clusters": [12], "n_resamples": 0}
     tree["shards"] = {"stage": "shards", "pool": "both", "selection": "unique", "shard_rows": 50}
     tree["more"] = {"stage": "union", "members": ["both", "exam"]}
+    n_web = run({"steps": {"web": tree["web"]}}, tmp_path_factory.mktemp("web-root"))["web"].counts["kept"]
+    tree["late"] = {"stage": "select", "pool": "both", "where": f"row_id >= {n_web + 3} or row_id % 7 = 0"}
     return run({"steps": tree}, tmp_path_factory.mktemp("union-root"))
 
 
@@ -93,6 +96,15 @@ def test_joint_dedup_finds_copies_across_members(steps):
             if not row["kept"] and start + row["row"] >= n_web > row["representative"]:
                 across += 1
     assert across == 5
+
+
+def test_a_select_sees_the_row_ids_of_the_union(steps):
+    """Not those of the member, which begin at 0 again."""
+    n_web, n_both = int(steps["web"].starts[-1]), int(steps["both"].starts[-1])
+    kept = []
+    for i, start in enumerate(steps["both"].starts[:-1].tolist()):
+        kept += (start + read_selection(steps["late"].part(i)).rows).tolist()
+    assert kept == [row for row in range(n_both) if row >= n_web + 3 or row % 7 == 0]
 
 
 def test_shards_of_a_union_hold_its_rows(steps):
@@ -145,7 +157,7 @@ def test_a_moved_source_is_found_through_a_union(images, tmp_path):
         ("lost", {"members": ["web_vec", "exam_vec"]}, r"must name its pool: got none"),
         ("order", {"members": ["exam_vec", "web_vec"], "pool": "both"}, r"union of the pools of exam_vec, web_vec"),
         ("other", {"members": ["web_vec", "mean_vec"], "pool": "both"}, r"must come from one backbone: got pixels for"),
-        ("poolpool", {"members": ["web", "exam"], "pool": "both"}, r"union.pool is for a union of embeddings"),
+        ("poolpool", {"members": ["web", "exam"], "pool": "both"}, r"poolpool.pool is for a union of embeddings"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(images, tmp_path, name, step, words):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ def more(tiny, base, tmp_path_factory) -> Path:
                       "n_neighbors": 2, "target": 30},
         "from_clusters": {"stage": "retrieve", "mode": "cluster", "hierarchy": "tree", "seeds": ["exam_vec"],
                           "min_hits": 2, "per_cluster": 3},
+        "capped": {"stage": "retrieve", "mode": "cluster", "hierarchy": "tree", "seeds": ["exam_vec", "web_vec"],
+                   "min_hits": 2, "max_rows": 1},
+        "no_exam": {"stage": "select", "pool": "exam", "where": "width < 0"},
+        "no_exam_copy": {"stage": "embed", "pool": "exam", "selection": "no_exam", "backbone": "pixels"},
+        "nothing_leaks": {"stage": "decontaminate", "embeddings": "web_copy", "reference": "no_exam_copy",
+                          "min_similarity": 0.9},
         "blend": {"stage": "mix", "pool": "both", "components": ["large", "exam"], "homogeneous": {"exam": 0.1},
                   "heterogeneous": {"large": 1.0}},
         "blended": {"stage": "shards", "pool": "both", "selection": "blend", "shard_rows": 20},
@@ -393,6 +400,31 @@ def test_retrieval_from_clusters(more):
     assert texts[2].startswith(
         f"in cluster {got['cluster']}, where {got['hits']} seed images lie, retrieved for exam_vec"
     )
+
+
+def test_a_cluster_that_qualifies_and_has_no_place_within_the_cap(more):
+    """``capped`` draws one image a seed pool; the quotas of all other clusters are 0, whoever qualifies there."""
+    names, rows = pool_rows(more, "web"), rows_of(more, "capped")
+    sizes = Counter(row["cluster"] for row in rows)
+    qualify = {row["cluster"] for row in rows_of(more, "from_clusters") if row["kept"]}  # for exam_vec, uncapped
+    qualify |= {cluster for cluster, n in sizes.items() if n > 2}  # for web_vec, the very rows that were clustered
+    given = {row["cluster"] for row in rows if row["kept"]}
+    assert 1 <= len(given) <= 2 < len(qualify) and sizes.keys() - qualify
+    for cluster in sizes.keys() - given:
+        row = next(row for row in rows if row["cluster"] == cluster)
+        found = tell(more, names[row["position"]]["key"])
+        text = next(told["text"] for told in found["steps"] if told["step"] == "capped")  # then what it seeds
+        n = "1 image" if sizes[cluster] == 1 else f"{sizes[cluster]} images"
+        if cluster in qualify:
+            assert text == (f"its cluster {cluster} gave none of {n}: its quota was 0, because max_rows 1 is shared by "
+                            "all clusters that qualify")  # fmt: skip
+        else:
+            assert text == f"fewer than 3 images of any seed pool lie in its cluster {cluster}"
+
+
+def test_without_a_reference_image_nothing_leaks(more):
+    told = said(tell(more, "leak-0150.png"), "nothing_leaks")
+    assert (told["outcome"], told["text"], told["similarity"]) == ("kept", "there is no reference image", None)
 
 
 def test_a_story_of_s3_is_the_same(base, on_s3):

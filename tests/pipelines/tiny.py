@@ -1,6 +1,8 @@
 """A small pool of real images and a recipe with every stage, for the tests of the pipeline."""
 
 import io
+from collections.abc import Sequence
+from itertools import pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
+
+from embedding.preprocess import PIXELS_WIDTH
 
 N_WEB, N_EXAM = 150, 40
 
@@ -39,8 +44,20 @@ def make_images(folder: Path) -> None:
     names = [f"{i:04d}.png" for i in range(N_WEB)]
     labels = pa.table({"source": names, "label": [str(label) for label in target[:N_WEB]]})
     pq.write_table(labels, folder / "labels.parquet")
+    write_head(folder / "head.safetensors")
     for i in range(N_WEB, N_WEB + 5):  # leaks
         digit(i).save(web / f"leak-{i:04d}.png", compress_level=1)
+
+
+def write_head(path: Path, widths: Sequence[int] = (PIXELS_WIDTH, 8, 1), **metadata: str) -> dict[str, np.ndarray]:
+    """A head with random weights, as the stage ``score`` takes it; by default of the backbone "pixels"."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for i, (d, h) in enumerate(pairwise(widths)):
+        tensors[f"layers.{2 * i}.weight"] = rng.normal(size=(h, d)).astype("f4")
+        tensors[f"layers.{2 * i}.bias"] = rng.normal(size=h).astype("f4") / 8
+    save_file(tensors, path, metadata={"activation": "gelu", "output": "sigmoid", **metadata})
+    return tensors
 
 
 def noise_png(rng: np.random.Generator, side: int = 24) -> bytes:
@@ -118,6 +135,10 @@ def recipe(folder: Path, part_rows: int = 16) -> dict[str, Any]:
                 "stage": "decontaminate", "embeddings": "web_copy", "reference": "exam_copy", "mode": "component",
                 "min_similarity": 0.95,
             },
+            "scored": {"stage": "score", "embeddings": "web_copy", "head": str(folder / "head.safetensors"),
+                       "column": "aesthetic"},
+            "liked": {"stage": "select", "pool": "web", "scores": ["scored"],
+                      "where": "aesthetic > 0.4 and bytes > 1200"},
             "page": {"stage": "report", "labels": str(folder / "labels.parquet")},
         },
     }  # fmt: skip
@@ -128,7 +149,8 @@ STEP_OF_STAGE = {
     "pool": "web", "union": "both_copy", "select": "usable", "embed": "web_vec", "neighbors": "near", "dedup": "unique",
     "decontaminate": "clean", "retrieve": "near_seeds", "cluster": "tree", "sample": "balanced", "mix": "mixed",
     "shards": "shards", "train": "first", "evaluate": "score", "report": "page",
+    "score": "scored",
 }  # fmt: skip
 
 # Steps that show the contract on what a stage does in another mode.
-EXTRA_STEPS = ("clean_components", "clean_searched", "mixed_shards", "near_clusters")
+EXTRA_STEPS = ("clean_components", "clean_searched", "liked", "mixed_shards", "near_clusters")

@@ -21,10 +21,7 @@ def assign(job: Job, spans: Sequence[Span], executor: Executor) -> tuple[Ref[Pla
     """Find the clusters that seed images lie in, and what each gives to whom."""
     tree, level = job.source, job.config.cluster_level
     n_clusters: list[int] = tree.facts["n_clusters"]
-    if level >= len(n_clusters):
-        raise UserError(
-            f"retrieve.level must be below the number of levels, {len(n_clusters)}: got {level}", "0 is the finest"
-        )
+    check_level("retrieve.level", job.config, len(n_clusters))
     centroids = on_worker(executor, partial(centroids_of_level, tree=tree, level=level), {})
     names = [seeds.name for seeds in job.seeds]
     hits = job.out / SCRATCH / "hits"
@@ -36,6 +33,14 @@ def assign(job: Job, spans: Sequence[Span], executor: Executor) -> tuple[Ref[Pla
         partial(cluster_sizes, job=job, n_clusters=n_clusters[level]), spans, np.add, shared={"follow": follow}
     )
     return on_worker(executor, partial(plan_clusters, config=job.config), {"seen": seen, "sizes": sizes}), also
+
+
+def check_level(key: str, config: RetrieveConfig, n_levels: int) -> None:
+    """Raise UserError unless the hierarchy has the level whose clusters are asked for."""
+    if config.cluster_level >= n_levels:
+        raise UserError(
+            f"{key} must be below the number of levels, {n_levels}: got {config.cluster_level}", "0 is the finest"
+        )
 
 
 def centroids_of_level(tree: Artifact, level: int) -> np.ndarray:

@@ -19,8 +19,9 @@ import numpy as np
 from curation.artifact import Artifact
 from curation.embeddings import EmbeddingsPart, covered_rows
 from curation.retrieve import CLAIM, Pairs, RetrieveConfig
-from curation.selection import read_selection, rows_among
+from curation.selection import read_selection
 from curation.store import Location
+from pipelines.rows import rows_covered
 from pipelines.stage import SCRATCH
 from pipelines.stages.neighbors import based_parts
 
@@ -79,7 +80,7 @@ def looked_at(index: int, covered: np.ndarray, job: Job) -> tuple[np.ndarray, np
     chosen = read_selection(job.before.part(index)).rows
     undecoded = np.isin(chosen, covered_rows(job.embeddings.part(index, "rejected")))
     chosen = chosen[~undecoded]
-    return chosen, rows_among(chosen, covered, "embeddings"), int(undecoded.sum())
+    return chosen, rows_covered(chosen, covered, job.source, job.before), int(undecoded.sum())
 
 
 def read_claims(folder: str, index: int, job: Job) -> np.ndarray:

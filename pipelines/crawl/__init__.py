@@ -1,0 +1,1 @@
+"""Tables of URLs, before they are images: what to fetch, from billions of crawled rows, and the fetching."""

@@ -1,0 +1,104 @@
+"""What the embed stage says while it works: progress in images, times in the log, and a GPU that is too small."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from curation.artifact import Artifact
+from curation.store import Location
+from embedding.backbone import Backbone, save_vit
+from embedding.preprocess import Preprocess
+from embedding.vit import ViT
+from embedding.vit_config import ViTConfig
+from pipelines.engine import run_recipe
+from pipelines.errors import UserError
+from pipelines.executor import LocalExecutor, Resources
+from pipelines.recipe import parse_recipe
+from pipelines.stages import embed
+from pipelines.stages.table import STAGES
+
+N_IMAGES = 10
+POOL = {"stage": "pool", "part_rows": 4}
+VEC = {"stage": "embed", "pool": "web", "backbone": "pixels"}
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(N_IMAGES):
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3)).astype("u1")).save(folder / f"{i}.png")
+    return str(folder)
+
+
+def run(root, images, vec=VEC, on_step=lambda name, stage: lambda done, total: None, **resources):
+    recipe = parse_recipe({"steps": {"web": {**POOL, "source": images}, "vec": vec}}, STAGES)
+    results = run_recipe(recipe, Location(str(root)), LocalExecutor(Resources(**resources)), on_step=on_step)
+    return {result.name: Artifact(result.location) for result in results}
+
+
+def test_progress_counts_images(tmp_path, images):
+    said = []
+    made = run(tmp_path / "root", images, on_step=lambda name, stage: lambda *now: said.append((name, *now)))
+    sizes = [part.rows for part in made["web"].parts]
+    assert len(sizes) > 1
+    mine = [now[1:] for now in said if now[0] == "vec"]
+    assert mine == [(int(done), N_IMAGES) for done in np.cumsum(sizes)]
+
+
+def test_rates_and_waiting_are_in_the_log_and_not_in_the_manifest(tmp_path, images):
+    made = run(tmp_path / "root", images)["vec"]
+    log = json.loads((made.location / "run.jsonl").read().splitlines()[-1])
+    assert log["images"] == N_IMAGES
+    assert 0 <= log["waiting_seconds"] <= log["worker_seconds"] <= log["seconds"]
+    assert 0 <= log["share_waiting"] <= 1
+    assert log["images_per_worker_second"] > 0
+    assert "waiting" not in json.dumps(made.manifest)
+
+
+def test_a_batch_that_does_not_fit_the_gpu_says_what_to_set(tmp_path, images, monkeypatch):
+    def forward(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
+
+    def full(model, resources):
+        return Backbone(3, {}, lambda image: image.mean((0, 1)).astype("f4"), forward)
+
+    monkeypatch.setattr(embed, "load_model", full)
+    with pytest.raises(
+        UserError, match="step vec: 16 images at a time must fit the memory of the GPU: CUDA out of mem"
+    ) as e:
+        run(tmp_path / "root", images)
+    assert "set resources.batch below 16" in e.value.hint
+
+
+@pytest.fixture
+def vit(tmp_path):
+    save_vit(tmp_path / "vit", ViT(ViTConfig(width=32, depth=1, heads=2, patch_size=8)), Preprocess(size=16, crop=16))
+    return str(tmp_path / "vit")
+
+
+def test_speed_settings_change_no_byte(tmp_path, images, vit):
+    vec = {**VEC, "backbone": vit}
+    settings = [{"loader_workers": 0}, {"loader_workers": 3}, {"batch": 3}, {"compile": True}]
+    made = [run(tmp_path / str(i), images, vec, **resources)["vec"] for i, resources in enumerate(settings)]
+    assert {artifact.digest for artifact in made} == {made[0].digest}
+    assert len({artifact.manifest["fingerprint"] for artifact in made}) == 1
+
+
+def test_a_batch_of_nothing_is_named():
+    with pytest.raises(ValueError, match=r"resources\.batch must be at least 1: got 0"):
+        Resources(batch=0)
+
+
+def test_precision_is_another_backbone(tmp_path, images, vit):
+    seen = {}
+    for precision in ("float32", "bfloat16"):
+        vec = {**VEC, "backbone": vit, "precision": precision, "pooling": "cls+mean"}
+        seen[precision] = run(tmp_path / "root", images, vec)["vec"]
+        assert seen[precision].manifest["facts"]["backbone"]["precision"] == precision
+        assert seen[precision].manifest["facts"]["width"] == 64
+    assert seen["float32"].digest != seen["bfloat16"].digest
