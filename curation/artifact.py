@@ -91,7 +91,7 @@ class Artifact:
     @cached_property
     def members(self) -> list["Artifact"]:
         """What a union is made of, in order; empty for everything else."""
-        if not self.is_complete() or self.stage != UNION:
+        if not self.is_complete() or self.manifest.get("stage") != UNION:
             return []
         return [self._made_from(f"members.{name}") for name in self.manifest["config"]["members"]]
 

@@ -31,8 +31,8 @@ from pipelines.errors import UserError
 from pipelines.executor import Resources
 from pipelines.launch import open_executor
 from pipelines.progress import StepProgress
-from pipelines.recipe import Step, is_required, or_list, parse_step, structure
-from pipelines.stage import Stage
+from pipelines.recipe import is_required, or_list, parse_step, structure
+from pipelines.stage import Stage, Step
 from pipelines.stages.table import STAGES
 
 LINE_LENGTH = 120  # of the source: a comment whose next word would not have fitted goes on in the line below

@@ -16,8 +16,8 @@ from pipelines.fingerprint import Prepared, config_values, fingerprint_of, look_
 from pipelines.lock import lock_root
 from pipelines.numerics import numerics
 from pipelines.ray_executor import RayExecutor
-from pipelines.recipe import Recipe, Step
-from pipelines.stage import FOUND, SCRATCH, Output
+from pipelines.recipe import Recipe
+from pipelines.stage import FOUND, SCRATCH, Output, Step
 
 OnStep = Callable[[str, str], Callable[[int, int], None]]  # name and stage of a step -> what is told its progress
 FINGERPRINT = "fingerprint"  # in the scratch of a step at a place that does not say it

@@ -15,8 +15,7 @@ from typing import Any
 from curation.artifact import Artifact, Where, pool_of
 from curation.store import Entry, Location
 from pipelines.errors import UserError
-from pipelines.recipe import Step
-from pipelines.stage import Stage
+from pipelines.stage import Stage, Step
 from pipelines.stages.table import STAGES
 
 Look = tuple[Sequence[Entry] | None, Any]  # what is outside: its listing, and what the stage made of it

@@ -13,23 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 from curation.store import Location
 from pipelines.errors import UserError
 from pipelines.executor import Resources
-from pipelines.stage import Stage
+from pipelines.stage import Stage, Step
 
 Config = TypeVar("Config")
 SHIPPED = Path(__file__).parent / "recipes"
 TOP_KEYS = ("seed", "root", "resources", "steps")
 STEP = "(a step)"  # stands in a config where the value is an input
-
-
-@dataclass(frozen=True)
-class Step:
-    """A named entry of a recipe: what to do, and with the output of which earlier steps."""
-
-    name: str
-    stage: str
-    config: Any
-    inputs: Mapping[str, str]  # input name -> step name; of a list "name.step" -> step
-    kind: str = ""  # what its output can be used as: the stage, or that of a union's members
 
 
 @dataclass(frozen=True)

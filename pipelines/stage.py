@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from curation.artifact import Artifact, Counts, FileInfo, describe
 from curation.execute import Executor
 from curation.store import Entry, Location
-
-if TYPE_CHECKING:
-    from pipelines.recipe import Step
 
 Item = TypeVar("Item")
 Inputs = Mapping[str, Any]
@@ -25,6 +22,17 @@ SCRATCH = "scratch"
 SELECTIONS = ("select", "dedup", "decontaminate", "retrieve", "sample", "mix")  # their output says which rows go on
 HEAD_COUNTS = ("rows", "kept", "dropped", "bad")  # what every step counts, in the order it is shown
 FOUND = "(found)"  # among the inputs: what ``look`` made of its listing; no step can have this name
+
+
+@dataclass(frozen=True)
+class Step:
+    """A named entry of a recipe: what to do, and with the output of which earlier steps."""
+
+    name: str
+    stage: str
+    config: Any
+    inputs: Mapping[str, str]  # input name -> step name; of a list "name.step" -> step
+    kind: str = ""  # what its output can be used as: the stage, or that of a union's members
 
 
 @dataclass(frozen=True, kw_only=True)

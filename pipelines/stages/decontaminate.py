@@ -11,8 +11,7 @@ from curation.decontaminate import DecontaminateConfig
 from curation.execute import Executor
 from curation.selection import carried_count, write_selection
 from pipelines.errors import UserError
-from pipelines.recipe import Step
-from pipelines.stage import SELECTIONS, Inputs, Output, Stage
+from pipelines.stage import SELECTIONS, Inputs, Output, Stage, Step
 from pipelines.stages.dedup import check_drop
 from pipelines.stages.hops import Job, Part, columns_of, hop_folder, looked_at, measure, reach
 from pipelines.stages.mix import check_unmixed, refuse_mixes

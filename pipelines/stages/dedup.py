@@ -26,8 +26,7 @@ from curation.execute import Executor, on_worker
 from curation.selection import write_selection
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.recipe import Step
-from pipelines.stage import Inputs, Output, Stage, part_span
+from pipelines.stage import Inputs, Output, Stage, Step, part_span
 
 Touched = tuple[np.ndarray, np.ndarray]  # rows with an edge, ascending, and the smallest row of their component
 Span = tuple[int, int, int]  # part, position of its first row in the pool, rows

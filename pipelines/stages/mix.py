@@ -12,8 +12,7 @@ from curation.mix import MIX_FILE, MixConfig, combine, component_facts, read_mix
 from curation.selection import Selected, read_selection
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.recipe import Step
-from pipelines.stage import SELECTIONS, Inputs, Output, Stage, listed, part_span
+from pipelines.stage import SELECTIONS, Inputs, Output, Stage, Step, listed, part_span
 
 POOL_PATHS = ("pool", "embeddings.pool", "neighbors.embeddings.pool", "hierarchy.embeddings.pool")  # of a selection
 

@@ -19,8 +19,7 @@ from curation.selection import carried_count, write_selection
 from curation.shuffle import read_shuffle
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.recipe import Step
-from pipelines.stage import SELECTIONS, Inputs, Output, Stage, listed, part_span
+from pipelines.stage import SELECTIONS, Inputs, Output, Stage, Step, listed, part_span
 from pipelines.stages.mix import check_unmixed, refuse_mixes
 from pipelines.stages.retrieval.clusters import assign, check_level, rows_of_clusters
 from pipelines.stages.retrieval.job import Job, Span, looked_at, read_claims, seed_parts

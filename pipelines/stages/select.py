@@ -13,8 +13,7 @@ from curation.select import SelectConfig
 from curation.selection import carried_count, read_selection, write_selection
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.recipe import Step
-from pipelines.stage import SELECTIONS, Inputs, Output, Stage, listed, part_span
+from pipelines.stage import SELECTIONS, Inputs, Output, Stage, Step, listed, part_span
 from pipelines.stages.mix import check_unmixed, refuse_mixes
 
 Span = tuple[int, int, int]  # part, position of its first row in the pool, rows

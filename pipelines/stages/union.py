@@ -12,8 +12,7 @@ from curation.execute import Executor
 from curation.store import Location
 from curation.union import UnionConfig
 from pipelines.errors import UserError
-from pipelines.recipe import Step
-from pipelines.stage import Inputs, Output, Stage, listed
+from pipelines.stage import Inputs, Output, Stage, Step, listed
 
 NAME = "members.json"
 

@@ -165,7 +165,7 @@ def test_time_without_data_is_told(threads):
 
     waited = Waited()
     list(embed_stream(vit_backbone(), images(), threads=threads, waited=waited))
-    assert 0.1 < waited.seconds <= waited.total
+    assert 2 * BATCH_IMAGES * 0.002 / 2 < waited.seconds <= waited.total  # sleeps; threads may wait for several at once
     log = waited.log(64)
     assert (log["images"], log["waiting_seconds"], log["worker_seconds"]) == (64, waited.seconds, waited.total)
 
