@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/openlvd demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Crawl tables on Spark: needs Java, and 500 MB more in .venv.
 test-spark: java .venv/.spark

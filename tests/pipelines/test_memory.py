@@ -23,7 +23,7 @@ from pipelines.stages.table import STAGES
 pytestmark = pytest.mark.timeout(900)  # the fixture runs every step at both sizes, each in a process of its own
 PART_ROWS = 256
 FEW, MANY = 4, 32
-SLACK_MB = 6.0  # of 26 MB more images, 12 MB more vectors
+SLACK_MB = 10.0  # of 26 MB more images, 12 MB more vectors; up to 8 MB were seen by chance late in a full run
 
 
 def write_tars(folder: Path, n_tars: int) -> None:
