@@ -21,6 +21,7 @@ from pipelines.commands import place_of, see_help
 from pipelines.engine import plan_recipe
 from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor, Resources
+from pipelines.fingerprint import look_outside
 from pipelines.kept import DROPPED, RECORDS, Folder, write_kept
 from pipelines.launch import open_executor, run_shown
 from pipelines.lock import lock_root
@@ -267,6 +268,8 @@ def run_tree(
     recipe = read_tree(command, tree)
     text = yaml.safe_dump({"root": root.uri, **tree}, sort_keys=False, allow_unicode=True)
     hint = f"# openlvd run does the same; to change it, copy it: the next {command} writes it anew\n"
+    if not (root / RECIPE).exists():
+        look_outside(recipe.steps)  # nothing is written for a folder that is not there
     with lock_root(root, progress.say):
         (root / RECIPE).write(f"{first_line(command)}\n{hint}\n{text}".encode())
     results = run_shown(recipe, root, engine, progress, until, places, told)

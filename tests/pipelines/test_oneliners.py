@@ -532,3 +532,9 @@ def test_default_clusters_are_some_that_k_means_can_make():
         found = default_clusters(n)
         ClusterConfig(n_clusters=tuple(found))
         assert min(found) >= min(2, n) and max(found) <= n
+
+
+def test_nothing_is_written_for_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="no folder or file"):
+        dedup(tmp_path / "nowhere", tmp_path / "kept")
+    assert list(tmp_path.iterdir()) == []
