@@ -26,10 +26,11 @@ from curation.shuffle import read_shuffle, write_shuffle
 from curation.store import Location
 from curation.tar_writer import BLOCK, TarWriter, lay_out
 from pipelines.errors import UserError
+from pipelines.rows import unchanged_images
 from pipelines.stage import SELECTIONS, Inputs, Output, Stage, whole_files
 
 Result = TypeVar("Result")
-N_THREADS = 2  # shards of a group written at a time: one is hashed while the other waits for the disk
+N_THREADS = 4  # shards of a group written at a time: some are hashed while others wait for the disk
 # What is read of a pool. Texts are large: those of a group, or of a shard, can have more than 2^31 bytes.
 ROW_SCHEMA = pa.schema(
     [
@@ -175,14 +176,14 @@ def write_group(group: Group, config: ShardsConfig, source: Source, out: Locatio
 
     In memory are its rows without images and a piece of a tar for each of ``N_THREADS``. Images that cannot be read
     in any order at full speed (small ones, Parquet, S3) are first copied to a local scratch file, which holds one
-    group's bytes. Raises ValueError when an image is not the one that the pool saw.
+    group's bytes. Raises UserError when an image is not the one that the pool saw.
     """
     parts = in_threads(partial(part_rows, source), group.parts)
     rows = pa.concat_tables([part.rows for part in parts]).combine_chunks()
     order = mixed_order(rows.num_rows, config.seed, group.number)
     bounds = shard_bounds(rows.num_rows, config.shard_rows)
     numbers = range(group.first_shard, group.first_shard + len(bounds) - 1)
-    with open_images(parts) as images:
+    with unchanged_images(), open_images(parts) as images:
         write = partial(write_shard, rows=rows, images=images, out=out, spec=source.spec)
         files = in_threads(write, numbers, np.split(order, bounds[1:-1]))
     return [file for some in files for file in some]
