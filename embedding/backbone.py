@@ -8,62 +8,28 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embedding.config import check_pooling, check_precision
-from embedding.fast_decode import Reduced
-from embedding.folder import read_config, weights_sha256
+from embedding.folder import check_tensors, read_config, weight_paths, weights_sha256
 from embedding.hf_models import load_hf_model
 from embedding.hf_weights import load_hf_vit, uncovered, vit_config
-from embedding.pooling import POOLERS, Features
+from embedding.network import Backbone, Running, begin_with, network_backbone, prepared_backbone, vit_backbone
 from embedding.preprocess import PIXELS_LEAST_SIDE, PIXELS_WIDTH, Preprocess, pixel_descriptor, read_hf_preprocess
-from embedding.vit import Tokens, ViT
+from embedding.vit import ViT
 from embedding.vit_config import ViTConfig
 
 VIT_FORMAT = "openlvd-vit"
 SCRIPT_SUFFIXES = (".pt", ".torchscript")
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, eq=False)
-class Backbone:
-    """A function from images to float32 vectors, and what it is made of."""
-
-    width: int  # of a vector
-    identity: dict[str, Any]  # JSON values; equal when the vectors are equal, wherever the weights lie
-    prepare: Callable[[npt.NDArray[np.uint8] | Reduced], npt.NDArray[np.float32]]  # an image to a network input
-    forward: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]  # inputs (n, ...) to vectors (n, width)
-    device: str = "cpu"  # where forward works; inputs for "cuda" come faster from pinned memory
-
-    @property
-    def least_side(self) -> int | None:
-        """Pixels that ``prepare`` makes of a shorter side, for ``decode_reduced``; None: only whole images will do."""
-        return self.prepare.least_side if isinstance(self.prepare, Preprocess) else PIXELS_LEAST_SIDE
-
-    def embed(self, images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-        """Vectors float32 (n, width), not normalised, of uint8 RGB images (h, w, 3), in one batch."""
-        if not images:
-            return np.zeros((0, self.width), np.float32)
-        return self.forward(np.stack([self.prepare(image) for image in images]))
-
-
-class Running(NamedTuple):
-    """How a network is run."""
-
-    device: str
-    precision: str  # of its products; what is added up and what comes out is float32
-    compiled: bool
 
 
 def load_backbone(
@@ -77,6 +43,7 @@ def load_backbone(
     run in the project's own ViT and need no transformers; see ``embedding.hf_models`` for what others give.
     pooling: "cls", the CLS token after the final norm (of CLIP and SigLIP the image embedding); "mean" of the patch
     tokens; "cls+mean", one behind the other; "gem", see ``embedding.pooling``. TorchScript files pool by themselves.
+    What is not to be pooled is in ``Backbone.patches``.
     precision: "float32", "bfloat16" or "float16" products. compiled: torch.compile of the own ViT, on a GPU alone.
     Raises ValueError for a spec that is none of these, ImportError when transformers is needed and missing.
     """
@@ -85,9 +52,9 @@ def load_backbone(
     how = Running(device, precision, compiled and device == "cuda")
     if spec == "pixels":
         identity = {"name": "pixels", "weights": None, "preprocess": {"size": 16, "resample": "box"}}
-        return Backbone(PIXELS_WIDTH, identity, pixel_descriptor, lambda batch: batch)
+        return Backbone(PIXELS_WIDTH, identity, pixel_descriptor, lambda batch: batch, least_side=PIXELS_LEAST_SIDE)
     if is_script(spec):
-        return _script_backbone(Path(spec).expanduser(), how)
+        return _script_backbone(find_script(spec), how._replace(compiled=False))
     folder = find_folder(spec)
     if read_config(folder).get("format") == VIT_FORMAT:
         return _own_backbone(folder, pooling, how)
@@ -108,12 +75,28 @@ def is_script(spec: str) -> bool:
     return spec.endswith(SCRIPT_SUFFIXES) and not Path(spec).expanduser().is_dir()
 
 
+def find_script(spec: str) -> Path:
+    """The TorchScript file that ``spec`` names. Raises ValueError when there is none."""
+    script = Path(spec).expanduser()
+    if not script.is_file():
+        raise ValueError(f"backbone must be 'pixels', a folder, a file or a Hugging Face name: no file {script}")
+    return script
+
+
 def weight_files(spec: str) -> list[Path]:
-    """The files whose content decides about the vectors of a model that is named by folder, file or hub name."""
+    """The files whose content decides about the vectors of a model that is named by folder, file or hub name.
+
+    Raises ValueError when one of them is missing, or config or preprocessing are spoilt. Weights are not read.
+    """
     if is_script(spec):
-        script = Path(spec).expanduser()
+        script = find_script(spec)
+        script_preprocess(script)
         return [path for path in (script, script.parent / "preprocessor_config.json") if path.is_file()]
-    return sorted(path for path in find_folder(spec).iterdir() if path.suffix in (".json", ".safetensors"))
+    folder = find_folder(spec)
+    if read_config(folder).get("format") != VIT_FORMAT:
+        read_hf_preprocess(folder)
+    weight_paths(folder)
+    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
 
 
 def script_preprocess(script: Path) -> Preprocess:
@@ -165,10 +148,13 @@ def load_vit(folder: str | Path) -> tuple[ViT, Preprocess]:
     _check_side(preprocess, vit_config)
     with torch.device("meta"):  # shapes alone: the values come from the file
         vit = ViT(vit_config)
+    weights = folder / "model.safetensors"
     try:
-        vit.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-    except (OSError, SafetensorError, RuntimeError) as e:
-        raise ValueError(f"{folder}/model.safetensors must hold the weights of its config.json: {e}") from e
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{weights} must hold the weights of its config.json: {e}") from e
+    check_tensors(tensors, vit.state_dict(), weights)
+    vit.load_state_dict(tensors, assign=True)
     return vit.eval(), preprocess
 
 
@@ -192,7 +178,7 @@ def _own_backbone(folder: Path, pooling: str, how: Running) -> Backbone:
     vit, preprocess = load_vit(folder)
     config = {k: v for k, v in dataclasses.asdict(vit.config).items() if k not in ("rope_rescale", "drop_path")}
     identity = _identity({"name": VIT_FORMAT}, folder, config, preprocess, pooling, how)
-    return _network_backbone(_vit_features(vit, how), identity, preprocess, pooling, how)
+    return vit_backbone(vit, identity, preprocess, pooling, how)
 
 
 def _hf_backbone(folder: Path, pooling: str, how: Running) -> Backbone:
@@ -202,56 +188,20 @@ def _hf_backbone(folder: Path, pooling: str, how: Running) -> Backbone:
     """
     preprocess = read_hf_preprocess(folder)
     config = {k: v for k, v in read_config(folder).items() if k not in ("transformers_version", "_name_or_path")}
-    if uncovered(config) is None:
-        network = VIT_FORMAT
-        _check_side(preprocess, vit_config(config))
-        features = _vit_features(load_hf_vit(folder, preprocess.side), how)
-    else:
-        network = "transformers"
+    name = {"name": str(config.get("model_type")), "network": "transformers"}
+    if uncovered(config) is not None:
         features = load_hf_model(folder, how.device)
-    name = {"name": str(config.get("model_type")), "network": network}
-    identity = _identity(name, folder, config, preprocess, pooling, how)
-    return _network_backbone(features, identity, preprocess, pooling, how)
-
-
-def _vit_features(vit: ViT, how: Running) -> Callable[[Tensor], Features]:
-    vit.float().to(how.device).requires_grad_(False)
-    if how.compiled:
-        vit.compile()
-
-    def features(images: Tensor) -> Features:
-        tokens: Tokens = vit(images)
-        return Features(tokens.cls, tokens.patches)
-
-    return features
-
-
-def _network_backbone(
-    features: Callable[[Tensor], Features],
-    identity: dict[str, Any],
-    preprocess: Preprocess,
-    pooling: str,
-    how: Running,
-) -> Backbone:
-    pool = POOLERS[pooling]
-
-    with torch.inference_mode():  # one image, for the width and for what does not fit
-        try:
-            found = features(torch.zeros(1, 3, preprocess.side, preprocess.side, device=how.device))
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError) as e:
-            raise ValueError(f"{identity['name']} must take images of {preprocess.side} pixels: {e}") from e
-        width = pool(found).shape[1]
-    forward = _forward(lambda images: pool(features(images)), how)
-    return Backbone(width, identity, preprocess, forward, how.device)
+        identity = _identity(name, folder, config, preprocess, pooling, how)
+        return network_backbone(features, identity, preprocess, pooling, how._replace(compiled=False))
+    _check_side(preprocess, vit_config(config))
+    vit = load_hf_vit(folder, preprocess.side)
+    identity = _identity({**name, "network": VIT_FORMAT}, folder, config, preprocess, pooling, how)
+    return vit_backbone(vit, identity, preprocess, pooling, how)
 
 
 def _script_backbone(script: Path, how: Running) -> Backbone:
     if how.precision != "float32":
         raise ValueError(f"precision must be float32 with a TorchScript file: got {how.precision}")
-    if not script.is_file():
-        raise ValueError(f"backbone must be 'pixels', a folder, a file or a Hugging Face name: no file {script}")
     preprocess = script_preprocess(script)
     try:
         model = torch.jit.load(script, map_location=how.device).eval()  # type: ignore[no-untyped-call]
@@ -264,28 +214,13 @@ def _script_backbone(script: Path, how: Running) -> Backbone:
             raise ValueError(f"a TorchScript backbone must give vectors (n, width): got {tuple(vectors.shape)}")
         return vectors
 
-    forward = _forward(pooled, how)
-    width = forward(np.zeros((1, 3, preprocess.side, preprocess.side), np.float32)).shape[1]
+    begin = begin_with(pooled, preprocess, how)
+    width = begin(np.zeros((1, preprocess.side, preprocess.side, 3), np.uint8)).rows().shape[1]
     with script.open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     name = script.name.split(".")[0]
     identity = {"name": name, "weights": weights, "preprocess": dataclasses.asdict(preprocess)}
-    return Backbone(width, json.loads(json.dumps(identity)), preprocess, forward, how.device)
-
-
-def _forward(
-    pooled: Callable[[Tensor], Tensor], how: Running
-) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
-    dtype, reduced = getattr(torch, how.precision), how.precision != "float32"
-
-    def forward(batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        # A batch in pinned memory is copied while the GPU still works.
-        images = torch.from_numpy(batch).to(how.device, non_blocking=True)
-        with torch.inference_mode(), torch.autocast(how.device, dtype, enabled=reduced):
-            vectors: npt.NDArray[np.float32] = pooled(images).float().cpu().numpy()
-        return vectors
-
-    return forward
+    return prepared_backbone(width, json.loads(json.dumps(identity)), preprocess, how, begin)
 
 
 def _identity(

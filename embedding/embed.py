@@ -15,17 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedding.backbone import Backbone
 from embedding.decode import MAX_PIXELS, BadImage, decode_reduced, decode_rgb
-from embedding.fast_decode import Reduced
+from embedding.network import Backbone, Inputs
+from embedding.preprocess import decode_prepared
 
 # Files a batch: what suits a core's cache. Part of the stage version, since the height of a product changes its bits.
 BATCH_IMAGES = 16
 
 _SLICE = 8  # files a thread decodes at a time
 
-Picture = npt.NDArray[np.uint8] | Reduced
-Decode = Callable[[bytes], Picture | BadImage]
+Prepare = Callable[[bytes], npt.NDArray[Any] | BadImage]  # a file to an input of a network
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,7 +40,7 @@ class Embedded(NamedTuple):
 
 @dataclass
 class Waited:
-    """Seconds a reader had nothing to work on, and seconds in all."""
+    """Seconds in which a network had nothing to work on, and seconds in all."""
 
     seconds: float = 0.0
     total: float = 0.0
@@ -93,34 +92,40 @@ def embed_stream(
     batch: int = BATCH_IMAGES,
     threads: int = 0,
     waited: Waited | None = None,
-    decode: Decode | None = None,
+    prepare: Prepare | None = None,
 ) -> Iterator[Embedded]:
     """``embed_images`` batch by batch, of files that come one after the other; positions count from the first file.
 
     threads: how many read and decode ahead while the network works; 0: none, all in turn. They change no byte.
-    batch: files a forward; on a CPU it changes the last bits. waited: adds up the time without data.
-    decode: in place of ``decode_rgb`` with ``max_pixels``; called by all the threads. Holds two
-    batches of prepared images (3 * side ** 2 * 4 bytes each) and, with threads, the files and images of one more.
-    Raises ValueError if the backbone gives a row without a direction.
+    batch: files a forward; on a CPU it changes the last bits. waited: adds up the time, when all is read.
+    prepare: in place of ``preparation("full", ...)``; called by all the threads. Holds three batches of prepared
+    images (of a network 3 * side ** 2 bytes each) and, with threads, the files and images of one more. The rows of a
+    batch are asked for when the next has begun, so that a GPU has work meanwhile. Raises ValueError if the backbone
+    gives a row without a direction.
     """
-    prepare = partial(_prepare, backbone, decode or partial(decode_rgb, max_pixels=max_pixels))
+    prepare = prepare or preparation("full", backbone, max_pixels)
     files = enumerate(images)
     slices = iter(lambda: list(islice(files, _SLICE)), [])
-    prepared = ahead(prepare, slices, threads, threads + -(-batch // _SLICE))
+    prepared = ahead(partial(_prepare, prepare), slices, threads, threads + -(-batch // _SLICE))
     images_one_by_one = chain.from_iterable(prepared)
     batches = iter(lambda: list(islice(images_one_by_one, batch)), [])
     stacked = ahead(partial(_stack, pinned=backbone.device == "cuda"), batches, min(threads, 1), 1)
+    waited, start = waited or Waited(), time.perf_counter()
     with closing(prepared), closing(stacked):  # the last first: it draws from the other
-        for inputs, good, bad in _timed(stacked, waited):
-            rows = backbone.forward(inputs) if len(good) else np.zeros((0, backbone.width), np.float32)
+        begun = ((backbone.begun(inputs), good, bad) for inputs, good, bad in stacked)
+        for found, good, bad in _one_behind(begun):
+            rows = found.rows()
+            waited.seconds -= found.seconds()
             yield Embedded(unit_rows(rows), good, bad)
+    took = time.perf_counter() - start
+    waited.seconds, waited.total = waited.seconds + took, waited.total + took
 
 
-def decoder(
-    name: str, backbone: Backbone, max_pixels: int
-) -> tuple[Callable[..., Picture | BadImage], tuple[int | None, ...]]:
-    """A decoder of ``EmbedConfig.decoder`` for what a backbone sees: a function, and its arguments behind the data."""
-    return (decode_rgb, (max_pixels,)) if name == "full" else (decode_reduced, (backbone.least_side, max_pixels))
+def preparation(decoder: str, backbone: Backbone, max_pixels: int) -> Prepare:
+    """What makes an input of a file, by a decoder of ``EmbedConfig``; it can be sent to another process."""
+    scaled = partial(decode_reduced, least_side=backbone.least_side, max_pixels=max_pixels)
+    decode = partial(decode_rgb, max_pixels=max_pixels) if decoder == "full" else scaled
+    return partial(decode_prepared, prepare=backbone.prepare, decode=decode)
 
 
 def ahead(
@@ -157,37 +162,29 @@ def ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _timed(items: Iterator[Result], waited: Waited | None) -> Iterator[Result]:
-    waited = waited or Waited()
-    start = time.perf_counter()
-    while True:
-        asked = time.perf_counter()
-        item = next(items, None)
-        waited.seconds += time.perf_counter() - asked
-        if item is None:
-            break
-        yield item
-    waited.total += time.perf_counter() - start
+def _one_behind(items: Iterator[Result]) -> Iterator[Result]:
+    """Every item when the next has been drawn."""
+    late = next(items, None)
+    while late is not None:
+        following = next(items, None)
+        yield late
+        late = following
 
 
-def _prepare(
-    backbone: Backbone, decode: Decode, files: Sequence[tuple[int, bytes]]
-) -> list[tuple[int, npt.NDArray[np.float32] | BadImage]]:
-    prepared: list[tuple[int, npt.NDArray[np.float32] | BadImage]] = []
-    for i, data in files:
-        pixels = decode(data)
-        prepared.append((i, pixels if isinstance(pixels, BadImage) else backbone.prepare(pixels)))
-    return prepared
+def _prepare(prepare: Prepare, files: Sequence[tuple[int, bytes]]) -> list[tuple[int, Inputs | BadImage]]:
+    return [(i, prepare(data)) for i, data in files]
 
 
 def _stack(
-    prepared: Sequence[tuple[int, npt.NDArray[np.float32] | BadImage]], pinned: bool
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], dict[int, BadImage]]:
+    prepared: Sequence[tuple[int, Inputs | BadImage]], pinned: bool
+) -> tuple[Inputs, npt.NDArray[np.int64], dict[int, BadImage]]:
     """One array of the good images (in memory that a GPU copies from), their positions, and the bad ones."""
     images = [(i, image) for i, image in prepared if not isinstance(image, BadImage)]
     bad = {i: image for i, image in prepared if isinstance(image, BadImage)}
     good = np.array([i for i, _ in images], np.int64)
     if not images:
         return np.zeros(0, np.float32), good, bad
-    out = torch.empty((len(images), *images[0][1].shape), dtype=torch.float32, pin_memory=pinned).numpy()
+    first = images[0][1]
+    dtype = torch.from_numpy(np.zeros(0, first.dtype)).dtype
+    out = torch.empty((len(images), *first.shape), dtype=dtype, pin_memory=pinned).numpy()
     return np.stack([image for _, image in images], out=out), good, bad

@@ -10,7 +10,7 @@ What a model gives is told by its outputs, not by a list of names:
 MAE masks three of four patches at random when it is run as it comes; here it sees all of them, in order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +79,43 @@ def _load(folder: Path) -> Any:
             local_files_only=True,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, by their names
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"{folder} must hold a model that transformers knows, whole and without code: {e}") from e
-    missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler.") and "mask_token" not in k)
-    if missing:  # transformers would fill them with random values
-        raise ValueError(
-            f"{folder} must hold every weight of the model: {len(missing)} are missing, first {missing[0]}"
-        )
+    _check_weights(model, info, folder)
     if model.config.model_type == "vit_mae":
         model.config.mask_ratio = 0.0
     return model.eval().requires_grad_(False)
+
+
+def _check_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
+    """Raise ValueError for what transformers would fill with random values, or leave out, without an error."""
+    missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler.") and "mask_token" not in k)
+    if missing:
+        raise ValueError(
+            f"{folder} must hold every weight of the model: {len(missing)} are missing, first {missing[0]}"
+        )
+    must = f"{folder} must hold the weights of its config.json"
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{must}: {name} must be {tuple(wanted)}: got {tuple(found)}")
+    if extra := sorted(name for name in info["unexpected_keys"] if _is_in_layers(model, name)):
+        raise ValueError(f"{must}: {len(extra)} too many, first {extra[0]}")
+
+
+def _is_in_layers(model: Any, name: str) -> bool:
+    """Whether a tensor that a model has no place for is a weight of its layers: there are more, or they have less.
+
+    What stands beside the layers, such as another head, a decoder or a text tower, may be left over.
+    """
+    for full_name in (name, name.removeprefix(f"{model.base_model_prefix}.")):  # a file may hold more than the model
+        *path, leaf = full_name.split(".")
+        module = model
+        for step in path:
+            if isinstance(module, torch.nn.ModuleList):
+                return leaf in ("weight", "bias")
+            module = getattr(module, step, None)
+    return False
 
 
 def _all_patches(model: Any, images: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 ``guarded(False)`` calls in this process, which ends when a call takes too long: a process in which foreign code hangs
 can do nothing else, and a signal without a handler ends it whatever that code holds. ``guarded(True)``, for what was
 in work when a process ended, calls in a process of its own; there the file that crashes or hangs is found and becomes
-a ``BadImage``, the same one however it came to that.
+a ``BadImage``, the same one however it came to that. ``Processes`` calls in many: of the work on an image a fifth holds
+Python's lock, so that threads decode no faster than some four cores.
 """
 
 import os
@@ -14,24 +15,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
+from queue import LifoQueue
 from threading import Lock, get_ident
 from typing import Any
+from weakref import finalize
 
-from embedding.decode import BadImage
+from embedding.decode import QUIET_PILLOW, BadImage
 
 DECODE_SECONDS = 60  # of one image; the largest allowed takes a few
 _KILLED = 3  # times that a process ends by a signal from outside before it is an error
 _OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # not what crashing code gets
 _ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
-Call = Callable[..., Any]  # call(fn, data, *args): fn(data, *args), or a BadImage; fn is a function of a module
+Call = Callable[..., Any]  # call(fn, data, *args): fn(data, *args), or a BadImage; fn is a function of a module, or a
+# partial one
 
 
 @contextmanager
 def guarded(isolated: bool) -> Iterator[Call]:
     """What to call decoders through, in one thread or several; see the module."""
     if not isolated:
-        yield _watched
+        with QUIET_PILLOW:
+            yield _watched
         return
     apart = Isolated()
     try:
@@ -163,6 +168,34 @@ class Isolated:
             self._pipe.close()
             self._process.wait()
             self._process = self._pipe = None
+
+
+class Processes:
+    """Calls in up to ``n`` processes, as ``Isolated`` does, by as many threads at a time; more threads wait.
+
+    The processes start as they are needed, with the modules of what they call, and end with ``close`` or when this
+    object does.
+    """
+
+    def __init__(self, n: int) -> None:
+        all_of_them = [Isolated() for _ in range(n)]
+        self._free: LifoQueue[Isolated] = LifoQueue()  # so that no more start than are in use
+        for one in all_of_them:
+            self._free.put(one)
+        self.close = finalize(self, _close, all_of_them)
+
+    def __call__(self, fn: Callable[..., Any], data: bytes, *args: Any) -> Any:
+        """As ``Isolated``."""
+        one = self._free.get()
+        try:
+            return one(fn, data, *args)
+        finally:
+            self._free.put(one)
+
+
+def _close(some: list[Isolated]) -> None:
+    for one in some:
+        one.close()
 
 
 def serve(fd: int, seconds: float) -> None:

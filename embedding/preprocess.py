@@ -5,6 +5,7 @@ number of threads.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from embedding.decode import BadImage
 from embedding.fast_decode import Reduced
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -66,6 +68,11 @@ class Preprocess:
         """What the shorter side of an image is resized to, for ``decode_reduced``; None: only whole images will do."""
         return None if self.resample in _WITH_EDGES else self.size
 
+    @property
+    def values(self) -> npt.NDArray[np.float32]:
+        """What each of the 256 bytes becomes in each channel, float32 (3, 256): a look-up instead of arithmetic."""
+        return _normalised(self.scale, tuple(self.mean), tuple(self.std))
+
     def __call__(self, image: npt.NDArray[np.uint8] | Reduced) -> npt.NDArray[np.float32]:
         """Float32 (3, side, side) of a uint8 RGB image (h, w, 3). Raises ValueError for another array.
 
@@ -74,7 +81,7 @@ class Preprocess:
         """
         pixels = self.cropped(image)
         out = np.empty((3, self.side, self.side), np.float32)
-        for channel, values in enumerate(_normalised(self.scale, tuple(self.mean), tuple(self.std))):
+        for channel, values in enumerate(self.values):
             np.take(values, pixels[:, :, channel], out=out[channel], mode="clip")  # a byte is always in range
         return out
 
@@ -111,7 +118,6 @@ class Preprocess:
 def _normalised(
     scale: float, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> npt.NDArray[np.float32]:
-    """What each of the 256 bytes becomes in each channel, float32 (3, 256): a look-up instead of arithmetic."""
     scaled = (np.arange(256) * scale).astype(np.float32)
     table: npt.NDArray[np.float32] = (scaled - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
     return table
@@ -142,7 +148,13 @@ def read_hf_preprocess(folder: str | Path) -> Preprocess:
             f"a Hugging Face backbone must come with its preprocessing: no {path.name} in {folder}; "
             f"write one with size, crop_size, image_mean, image_std and resample"
         )
-    config = json.loads(path.read_text("utf-8"))
+    try:
+        return _hf_preprocess(json.loads(path.read_text("utf-8")), path)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as e:
+        raise ValueError(f"{path} must be a JSON object as transformers writes it: {e}") from e
+
+
+def _hf_preprocess(config: dict[str, Any], path: Path) -> Preprocess:
     if config.get("do_resize") is False:
         raise ValueError(f"{path}: do_resize must be true: got false, images would differ in shape")
     crop = None
@@ -230,3 +242,16 @@ def pixel_descriptor(image: npt.NDArray[np.uint8] | Reduced) -> npt.NDArray[np.f
     if norm < 1e-6:
         norm = small[0] = 1.0
     return (small / norm).astype(np.float32)
+
+
+def decode_prepared(
+    data: bytes,
+    prepare: Callable[[npt.NDArray[np.uint8] | Reduced], npt.NDArray[Any]],
+    decode: Callable[[bytes], npt.NDArray[np.uint8] | Reduced | BadImage],
+) -> npt.NDArray[Any] | BadImage:
+    """``prepare`` of the picture that ``decode`` makes of a file; a bad image as it is.
+
+    A function of a module without torch, so that a process that decodes is small.
+    """
+    picture = decode(data)
+    return picture if isinstance(picture, BadImage) else prepare(picture)

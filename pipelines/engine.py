@@ -5,13 +5,14 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from curation.artifact import Artifact, Counts, at_path, finish
 from curation.store import Location
 from pipelines.errors import TaskError, UserError
-from pipelines.executor import LocalExecutor
+from pipelines.executor import LocalExecutor, Progress, quiet
 from pipelines.fingerprint import Prepared, config_values, fingerprint_of, look_outside, prepare
 from pipelines.lock import lock_root
 from pipelines.numerics import numerics
@@ -19,7 +20,7 @@ from pipelines.ray_executor import RayExecutor
 from pipelines.recipe import Recipe
 from pipelines.stage import FOUND, SCRATCH, Output, Step
 
-OnStep = Callable[[str, str], Callable[[int, int], None]]  # name and stage of a step -> what is told its progress
+OnStep = Callable[[str, str], Progress]  # name and stage of a step -> what is told its progress
 FINGERPRINT = "fingerprint"  # in the scratch of a step at a place that does not say it
 NUMERICS = "numerics.json"  # in the scratch of every step: the kind of machine that makes it
 RUN_FILE = "run.json"  # which artifact each step of the last run on this root is at
@@ -50,10 +51,10 @@ def run_step(prepared: Prepared, root: Location, executor: LocalExecutor | RayEx
     try:
         counts = prepared.stage.run(prepared.step.config, inputs, out, executor)
     except UserError as e:
-        log_run(prepared.location, {"failed": e.message})
+        log_failure(prepared.location, e.message)
         raise UserError(f"step {prepared.step.name}: {e.message}", e.hint) from e
     except TaskError as e:
-        log_run(prepared.location, {"failed": str(e)})
+        log_failure(prepared.location, str(e))
         raise TaskError(f"step {prepared.step.name} failed {e}") from e
     head = {
         "stage": prepared.step.stage,
@@ -72,6 +73,7 @@ def run_step(prepared: Prepared, root: Location, executor: LocalExecutor | RayEx
     }
     log = {name: round(value, 3) for name, value in out.log.items()}
     log_run(prepared.location, {"seconds": round(time.time() - started, 3), "counts": counts, **log})
+    prepared.location.sweep()  # an upload whose first request was answered to nobody was begun twice
     finish(prepared.location, out.files, head)
     return counts
 
@@ -148,6 +150,12 @@ def log_run(location: Location, event: Mapping[str, Any]) -> None:
     log.write(before + (json.dumps(line) + "\n").encode())
 
 
+def log_failure(location: Location, words: str) -> None:
+    """Add to the log of a step why it failed; where that cannot be written either, the failure is what to tell."""
+    with suppress(OSError):
+        log_run(location, {"failed": words})
+
+
 def last_seconds(artifact: Artifact) -> float:
     """How long the last attempt at a step took, in seconds."""
     log = artifact.location / LOG_FILE
@@ -160,7 +168,7 @@ def run_recipe(
     root: Location,
     executor: LocalExecutor | RayExecutor,
     until: str | None = None,
-    on_step: OnStep = lambda name, stage: lambda done, total: None,
+    on_step: OnStep = lambda name, stage: quiet,
     say: Callable[[str], None] = lambda text: None,
     places: Mapping[str, Location] | None = None,
 ) -> Iterator[StepResult]:
@@ -194,7 +202,7 @@ def run_alone(
     inputs: Mapping[str, Artifact],
     place: Location,
     executor: LocalExecutor | RayExecutor,
-    on_step: OnStep = lambda name, stage: lambda done, total: None,
+    on_step: OnStep = lambda name, stage: quiet,
     say: Callable[[str], None] = lambda text: None,
 ) -> StepResult:
     """Run one step on artifacts from anywhere, by the names in ``step.inputs``; its artifact is made at ``place``.

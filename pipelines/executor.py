@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from curation.execute import SerialExecutor
 from curation.store import Location
@@ -11,7 +11,14 @@ from pipelines.numerics import one_math_thread
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]  # items done, items in all
+
+
+class Progress(Protocol):
+    """What is told how far a step is: items done, items in all, and maybe what they are and a few words on them."""
+
+    def __call__(self, done: int, total: int, unit: str = "", words: str = "", /) -> None:
+        """Show it."""
+
 
 # What work on data can raise; other exceptions (a missing package, an interrupt) pass as they are.
 WORK_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
@@ -25,8 +32,8 @@ class Resources:
 
     workers: int = 0  # tasks at a time; 0: one for every core
     gpus: float = 0.0  # of one worker with a model
-    loader_workers: int = 1  # processes that decode and crop for the trainer, threads that decode ahead in a worker
-    # of embed; 0: none, all in turn
+    loader_workers: int = 1  # processes that decode and crop for the trainer; of a worker of embed those that decode
+    # ahead, up to two as threads; 0: none, all in turn
     batch: int = 256  # images a forward of embed on a GPU; on a CPU it is fixed, for the sake of the same bytes
     compile: bool = False  # embed on a GPU: torch.compile of a ViT; it takes a minute and pays on large pools
     checkpoint_every: int = 200  # trainer steps between checkpoints: what a kill can cost
@@ -40,7 +47,7 @@ class Resources:
             raise ValueError(f"resources.batch must be at least 1: got {self.batch}")
 
 
-def quiet(done: int, total: int) -> None:
+def quiet(done: int, total: int, unit: str = "", words: str = "") -> None:
     """Show no progress."""
 
 

@@ -6,21 +6,21 @@ a decoder crashed or hung, or the machine was lost. Then every image is decoded 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from curation.store import Location
 from embedding.isolate import Call, guarded
 
 
 @contextmanager
-def decoding(note: Location) -> Iterator[Call]:
+def decoding(note: Location, apart: Call | None = None) -> Iterator[Call]:
     """What to call decoders through while the part of this note is in work: ``call(fn, data, *args)``.
 
-    The note goes when the block ends well.
+    apart: what calls in other processes anyway, and so in isolation. The note goes when the block ends well.
     """
     died = note.exists()
     if not died:
         note.write(b"")
-    with guarded(isolated=died) as call:
+    with guarded(isolated=died) if apart is None else nullcontext(apart) as call:
         yield call
     note.delete()

@@ -2,19 +2,20 @@
 
 import sys
 import time
-from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bar
+
+from pipelines.executor import Progress
 
 SAY_EVERY_S = 30  # between lines about a running step where there is no terminal
 
@@ -24,7 +25,7 @@ class StepProgress:
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False, emoji=False)
-        self._bar = Progress(
+        self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -52,21 +53,23 @@ class StepProgress:
         if not self._quiet:
             self.console.print(text, markup=False, soft_wrap=True)
 
-    def start(self, name: str, stage: str) -> Callable[[int, int], None]:
-        """A new step; returns what is told how many of its items are done."""
+    def start(self, name: str, stage: str) -> Progress:
+        """A new step; returns what is told how many of its items are done, what they are, and words to add."""
         if self._task is not None:
             self._bar.remove_task(self._task)
         task = self._task = self._bar.add_task(f"{name} ({stage})", total=None, rate="")
         started = said = time.monotonic()
 
-        def update(done: int, total: int) -> None:
+        def update(done: int, total: int, unit: str = "", words: str = "") -> None:
             nonlocal said
             now = time.monotonic()
             rate = done / max(now - started, 1e-6)
-            self._bar.update(task, completed=done, total=total, rate=f"{rate:.3g}/s")
+            speed = f"{rate:.3g} {unit}".strip() + "/s"
+            self._bar.update(task, completed=done, total=total, rate=", ".join(filter(None, [speed, words])))
             if self._bar.disable and now - said > SAY_EVERY_S:
                 said = now
-                self.say(f"{name} ({stage}) {done:,} of {total:,}, {rate:.3g}/s, {(total - done) / rate:.0f} s left")
+                told = [f"{total:,} {unit}".strip(), speed, f"{(total - done) / rate:.0f} s left", words]
+                self.say(f"{name} ({stage}) {done:,} of {', '.join(filter(None, told))}")
 
         return update
 

@@ -1,12 +1,14 @@
-"""Where rows of a pool stand in its parts."""
+"""Where rows of a pool stand in its parts, and their images as the pool saw them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
 from curation.artifact import Artifact
 from curation.embeddings import embedding_parts
 from curation.selection import rows_among
+from curation.sources import ImageChanged
 from pipelines.errors import UserError
 
 
@@ -42,3 +44,18 @@ def vectors_of_part(item: tuple[int, np.ndarray], embeddings: Artifact) -> np.nd
     index, rows = item
     covered, x = embedding_parts(embeddings)[index].read()
     return x[np.searchsorted(covered, rows)].astype(np.float64)
+
+
+@contextmanager
+def unchanged_images() -> Iterator[None]:
+    """A block that reads images of a pool. Raises UserError, with the file, when one has changed since or is gone."""
+    hint = (
+        "put the old file back, or make the pool anew: a run of the recipe does so by itself when a file has another "
+        "size or time"
+    )
+    try:
+        yield
+    except ImageChanged as e:
+        raise UserError(str(e), hint) from e
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename or e} must hold the image that the pool saw: it is gone", hint) from e

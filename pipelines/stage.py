@@ -63,6 +63,14 @@ class Timed(NamedTuple):
     log: dict[str, float]
 
 
+class Rows(NamedTuple):
+    """What the items of a step hold."""
+
+    unit: str  # such as "images"
+    sizes: Sequence[int]  # how many of them every item has
+    tell: Callable[[Mapping[str, float]], str]  # what the log says so far, in a few words
+
+
 class Output:
     """The artifact of a step while it is made: where, and which files are whole."""
 
@@ -103,16 +111,22 @@ class Output:
         items: Sequence[Item],
         names: Sequence[Sequence[str]],
         gpus: float = 0,
-        sizes: Sequence[int] | None = None,
+        rows: Rows | None = None,
     ) -> None:
         """As ``make``, by workers that load something first: ``make()`` gives what does an item.
 
-        sizes: rows of every item; progress then counts rows, not items. An item may give a ``Timed``.
+        rows: what progress counts instead of items. An item may give a ``Timed``.
         """
         todo = self._missing(items, names)
-        rows = dict(zip(items, sizes, strict=True)) if sizes is not None else {}
-        with rows_shown(self._executor, [rows.get(item, 1) for item in todo]):
+        if rows is None:
             self._add(self._executor.map_workers(make, todo, gpus))
+            return
+        sizes = dict(zip(items, rows.sizes, strict=True))
+        done = [0, *accumulate(max(sizes[item], 1) for item in todo)]  # what has no rows is work too
+        with progress_held(self._executor) as show:
+            for i, made in enumerate(self._executor.map_workers(make, todo, gpus), 1):
+                self._add([made])
+                show(done[i], done[-1], rows.unit, rows.tell(self.log))
 
     def _missing(self, items: Sequence[Item], names: Sequence[Sequence[str]]) -> list[Item]:
         """The items that are still to be done; the files of the others are described."""
@@ -132,16 +146,15 @@ class Output:
 
 
 @contextmanager
-def rows_shown(executor: Executor, sizes: Sequence[int]) -> Iterator[None]:
-    """While the block runs, an executor that shows its progress counts the rows of items, not the items."""
+def progress_held(executor: Executor) -> Iterator[Callable[[int, int, str, str], None]]:
+    """While the block runs the executor shows no progress; what is given shows it, as far as the executor could."""
     show = getattr(executor, "progress", None)
     if show is None:
-        yield
+        yield lambda done, total, unit, words: None
         return
-    rows = [0, *accumulate(max(size, 1) for size in sizes)]  # what has no rows is work too
-    executor.progress = lambda done, total: show(rows[done], rows[-1])  # type: ignore[attr-defined]
+    executor.progress = lambda done, total: None  # type: ignore[attr-defined]
     try:
-        yield
+        yield show
     finally:
         executor.progress = show  # type: ignore[attr-defined]
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from embedding.config import check_pooling
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -11,7 +13,7 @@ class EvaluateConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     backbone: str  # "pixels", a train step, a folder, or a name on the Hugging Face hub
-    pooling: str = "cls"  # or "mean": of the patch tokens
+    pooling: str = "cls"  # or "mean", "cls+mean", "gem": as in embed
     n_neighbors: int = 20  # that vote
     temperature: float = 0.07  # a neighbour's weight is exp(similarity / temperature)
 
@@ -20,5 +22,4 @@ class EvaluateConfig:
             raise ValueError(f"evaluate.n_neighbors must be at least 1: got {self.n_neighbors}")
         if not self.temperature > 0:
             raise ValueError(f"evaluate.temperature must be above 0: got {self.temperature}")
-        if self.pooling not in ("cls", "mean"):
-            raise ValueError(f"evaluate.pooling must be 'cls' or 'mean': got {self.pooling!r}")
+        check_pooling(self.pooling, "evaluate.pooling")

@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,15 +19,23 @@ from curation.selection import selected_rows
 from curation.sources import read_checked
 from curation.store import Entry, Location, file_sha256
 from embedding.config import EmbedConfig
+from embedding.isolate import Processes
 from pipelines.errors import UserError
 from pipelines.executor import Resources
 from pipelines.isolation import decoding
 from pipelines.recipe import STEP
-from pipelines.stage import SCRATCH, SELECTIONS, Inputs, Output, Stage, Timed
+from pipelines.rows import unchanged_images
+from pipelines.stage import SCRATCH, SELECTIONS, Inputs, Output, Rows, Stage, Timed
 from pipelines.stages.pool import check_bad
 
 if TYPE_CHECKING:
-    from embedding.backbone import Backbone
+    from embedding.decode import BadImage
+    from embedding.embed import Embedded
+    from embedding.network import Backbone
+
+MODEL_HINT = "a model is a folder as its makers published it, with its config, preprocessing and *.safetensors, or the \
+name of one on the Hugging Face hub"
+MOST_THREADS = 2  # that decode in the process of a network; more are processes, see ``embedding.isolate``
 
 
 class Model(NamedTuple):
@@ -54,9 +63,10 @@ def look(config: EmbedConfig) -> tuple[Sequence[Entry] | None, None]:
         return None, None
     from embedding.backbone import weight_files
 
-    files = weight_files(config.backbone)
-    if not files:
-        raise FileNotFoundError(f"no model {config.backbone}")
+    try:
+        files = weight_files(config.backbone)
+    except ValueError as e:
+        raise UserError(str(e), MODEL_HINT) from e
     return [Entry(path.name, path.stat().st_size, file_sha256(path)) for path in files], None
 
 
@@ -91,10 +101,12 @@ def embed_pool(
     resources = resources_of(executor)
     covered = pool if selection is None or not selection.is_complete() else selection
     sizes = [part.rows for part in covered.parts]
-    out.make_by_workers(partial(make_worker, model, images, resources), items, names, resources.gpus, sizes)
-    if took := out.log.get("worker_seconds"):
-        out.log["images_per_worker_second"] = round(out.log["images"] / took, 2)
-        out.log["share_waiting"] = round(out.log["waiting_seconds"] / took, 3)
+    make = partial(make_worker, model, images, resources)
+    tell = in_words if model.spec != "pixels" else lambda log: ""  # which waits for nothing else
+    out.make_by_workers(make, items, names, resources.gpus, Rows("images", sizes, tell))
+    out.log |= rates(out.log)
+    for sums in ("flops", "flops_in_reach"):
+        out.log.pop(sums, None)
     out.facts |= facts_of(out.location / part_name(0))
 
 
@@ -128,12 +140,18 @@ def make_worker(model: Model, images: Images, resources: Resources) -> Callable[
     """Load the backbone once, then embed part after part. Raises UserError when a batch does not fit the GPU."""
     import torch
 
-    from embedding.embed import BATCH_IMAGES, Waited, decoder, embed_stream
+    from embedding.embed import BATCH_IMAGES, Waited, embed_stream, preparation
 
     torch.set_num_threads(1)
-    backbone = load_model(model, resources)
+    try:
+        backbone = load_model(model, resources)
+    except ValueError as e:
+        raise UserError(str(e), MODEL_HINT) from e
     batch = BATCH_IMAGES if backbone.device == "cpu" else resources.batch  # on a CPU it would change bits
-    decode, arguments = decoder(model.decoder, backbone, images.max_pixels)
+    peak = peak_of(backbone)
+    prepare = preparation(model.decoder, backbone, images.max_pixels)
+    threads = resources.loader_workers
+    apart = Processes(threads) if threads > MOST_THREADS else None
     named = {} if model.decoder == "full" else {"decoder": model.decoder}
     identity = json.dumps({**backbone.identity, **named}, sort_keys=True).encode()
 
@@ -142,29 +160,77 @@ def make_worker(model: Model, images: Images, resources: Resources) -> Callable[
         table = read_table(images.pool.part(index)).take(pa.array(rows))
         root, image_column = source_of_part(images.pool, index)
         data = read_checked(root, table, image_column)
-        vectors, good, rejected = [np.zeros((0, backbone.width), np.float16)], [np.zeros(0, np.int64)], []
         waited = Waited()
-        try:
-            with decoding(images.out / SCRATCH / "decoding" / part_name(index)) as call:
-                for found in embed_stream(
-                    backbone, data, batch=batch, threads=resources.loader_workers, waited=waited,
-                    decode=lambda image: call(decode, image, *arguments),
-                ):  # fmt: skip
-                    vectors.append(found.embeddings.astype(np.float16))
-                    good.append(found.good)
-                    rejected += [
-                        {"row": int(rows[i]), "source": table["source"][i].as_py(), **vars(bad)}
-                        for i, bad in found.bad.items()
-                    ]
-        except torch.OutOfMemoryError as e:
-            raise UserError(
-                f"{batch} images at a time must fit the memory of the GPU: {str(e).partition('. ')[0]}",
-                f"set resources.batch below {batch}, or embed.precision: bfloat16",
-            ) from e
-        files = write_part(images.out, index, rows[np.concatenate(good)], np.concatenate(vectors), rejected, identity)
-        return Timed(files, waited.log(len(rows)))
+        note = images.out / SCRATCH / "decoding" / part_name(index)
+        with unchanged_images(), decoding(note, apart) as call, fits_gpu(batch):
+            found = embed_stream(
+                backbone, data, batch=batch, threads=threads, waited=waited, prepare=lambda image: call(prepare, image)
+            )
+            good, x, bad = as_stored(found, backbone.width)
+        rejected = [{"row": int(rows[i]), "source": table["source"][i].as_py(), **vars(why)} for i, why in bad.items()]
+        files = write_part(images.out, index, rows[good], x, rejected, identity)
+        return Timed(files, waited.log(len(rows)) | used(backbone, len(good), peak * waited.total))
 
     return work
+
+
+def as_stored(found: "Iterable[Embedded]", width: int) -> "tuple[np.ndarray, np.ndarray, dict[int, BadImage]]":
+    """The batches of a part: which images are good, their vectors as float16, and the others."""
+    good, x = [np.zeros(0, np.int64)], [np.zeros((0, width), np.float16)]
+    bad: dict[int, BadImage] = {}
+    for batch in found:
+        good.append(batch.good)
+        x.append(batch.embeddings.astype(np.float16))
+        bad |= batch.bad
+    return np.concatenate(good), np.concatenate(x), bad
+
+
+@contextmanager
+def fits_gpu(batch: int) -> Iterator[None]:
+    """Raise UserError for a batch that the memory of a GPU does not hold."""
+    import torch
+
+    from embedding.network import too_large
+
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        hint = f"set resources.batch below {batch}, or embed.precision: bfloat16"
+        raise UserError(too_large(batch, e), hint) from e
+
+
+def peak_of(backbone: "Backbone") -> float:
+    """The measured FLOP/s of the GPU of a backbone; 0 on a CPU, and for one whose FLOPs are not known."""
+    from embedding.flops import matmul_rate
+
+    return matmul_rate(backbone.device) if backbone.device != "cpu" and backbone.flops else 0.0
+
+
+def used(backbone: "Backbone", n: int, in_reach: float) -> dict[str, float]:
+    """FLOPs that n images took and that the GPU would have had time for; nothing when that is not known."""
+    return {"flops": float(n * backbone.flops), "flops_in_reach": in_reach} if backbone.flops and in_reach else {}
+
+
+def rates(log: Mapping[str, float]) -> dict[str, float]:
+    """What the sums over parts say of a worker: images/s, and the share of its time in which its network had none.
+
+    On a GPU also ``mfu``, the share of its peak that the network's products make up, and that peak in TFLOP/s: of
+    bfloat16 products, measured when the worker starts.
+    """
+    took = log.get("worker_seconds")
+    if not took:
+        return {}
+    told = {"images_per_worker_second": log["images"] / took, "share_waiting": log["waiting_seconds"] / took}
+    if in_reach := log.get("flops_in_reach"):
+        told |= {"mfu": log["flops"] / in_reach, "measured_peak_tflops": in_reach / took / 1e12}
+    return told
+
+
+def in_words(log: Mapping[str, float]) -> str:
+    """The shares of ``rates`` for people."""
+    told = rates(log)
+    words = {"share_waiting": "waiting for images", "mfu": "of the GPU's measured peak"}
+    return ", ".join(f"{told[name]:.0%} {text}" for name, text in words.items() if name in told)
 
 
 def write_part(

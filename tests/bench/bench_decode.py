@@ -54,7 +54,7 @@ PEERS: dict[str, Callable[[bytes], np.ndarray]] = {
 }
 
 
-def photographs(n: int, seed: int) -> list[bytes]:
+def photographs(n: int, seed: int, quality: int = 90) -> list[bytes]:
     """JPEGs of 500 x 375 of noise whose amplitude falls as that of photographs, 1 / frequency."""
     files = []
     for i in range(n):
@@ -64,14 +64,14 @@ def photographs(n: int, seed: int) -> list[bytes]:
         noise = rng.normal(size=(3, 375, 251)) + 1j * rng.normal(size=(3, 375, 251))
         x = np.fft.irfft2(noise * amplitude, (375, 500))
         pixels = (127 + 50 * x / x.std()).clip(0, 255).astype(np.uint8)
-        files.append(jpeg(Image.fromarray(pixels.transpose(1, 2, 0).copy())))
+        files.append(jpeg(Image.fromarray(pixels.transpose(1, 2, 0).copy()), quality))
     return files
 
 
-def jpeg(image: Image.Image) -> bytes:
-    """The file of an image, at a camera's quality."""
+def jpeg(image: Image.Image, quality: int = 90) -> bytes:
+    """The file of an image, by default at a camera's quality."""
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=90)
+    image.save(out, "JPEG", quality=quality)
     return out.getvalue()
 
 

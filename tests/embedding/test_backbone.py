@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from embedding.backbone import find_folder, load_backbone, load_vit, save_vit, weight_files
 from embedding.preprocess import Preprocess, pixel_descriptor
@@ -45,6 +46,7 @@ def test_pixels():
     assert backbone.width == 768
     assert backbone.embed([]).shape == (0, 768)
     assert backbone.identity["name"] == "pixels"
+    assert backbone.patches is None
 
 
 @pytest.mark.parametrize("config", [VIT, LEARNED])
@@ -121,6 +123,54 @@ def test_damaged_folders_are_named(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("norm.bias"), "1 are missing, first norm.bias"),
+        (lambda t: t.update({"head.bias": torch.ones(1), "a": torch.ones(1)}), "2 too many, first a"),
+        (lambda t: t.update({"norm.bias": torch.ones(3)}), r"norm.bias must be \(32,\): got \(3,\)"),
+    ],
+)
+def test_weights_that_do_not_match_the_config_are_named(tmp_path, change, message):
+    save_vit(tmp_path, ViT(VIT), PREPROCESS)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"model.safetensors must hold the weights of its config.json: {message}\Z"):
+        load_backbone(str(tmp_path))
+
+
+def test_patches_are_the_tokens_of_the_picture_in_its_order(tmp_path):
+    """Row by row, without CLS and registers, whatever the vectors are pooled from."""
+    vit = ViT(VIT, seed=3).eval()
+    save_vit(tmp_path, vit, PREPROCESS)
+    with torch.no_grad():
+        want = vit(prepared(pictures())).patches
+    for pooling in ("cls", "mean"):
+        backbone = load_backbone(str(tmp_path), pooling=pooling)
+        assert backbone.patches is not None
+        out = backbone.patches(np.stack([backbone.prepare(image) for image in pictures()]))
+        assert (out.shape, out.dtype) == ((3, 4, 4, 32), np.float32)
+        for y, x in np.ndindex(4, 4):
+            np.testing.assert_array_equal(out[:, y, x], want[:, 4 * y + x])
+
+
+def test_a_patch_stands_where_its_pixels_are(tmp_path):
+    """When blocks add nothing a token depends on the pixels of its own patch alone."""
+    vit = ViT(VIT, seed=3)
+    with torch.no_grad():
+        for name, parameter in vit.named_parameters():
+            parameter.mul_(not name.endswith((".ls1", ".ls2")))
+    save_vit(tmp_path, vit, Preprocess(size=32, crop=32))
+    backbone = load_backbone(str(tmp_path))
+    assert backbone.patches is not None
+    before = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype("u1")
+    after = before.copy()
+    after[8:16, 24:] ^= 255  # second row, last column
+    tokens = backbone.patches(np.stack([backbone.prepare(image) for image in (before, after)]))
+    assert np.argwhere((tokens[0] != tokens[1]).any(-1)).tolist() == [[1, 3]]
 
 
 def test_load_vit_wants_its_own_format(tmp_path):
@@ -311,7 +361,7 @@ def test_a_torchscript_file(tmp_path):
     preprocess = Preprocess(size=320, keep_aspect=False, crop=None, resample="bilinear")
     x = np.stack([preprocess(image) for image in images])
     np.testing.assert_allclose(backbone.embed(images), x.mean((2, 3)) @ np.arange(15.0).reshape(5, 3).T, rtol=1e-4)
-    assert (backbone.width, backbone.identity["name"]) == (5, "sscd_disc_mixup")
+    assert (backbone.width, backbone.identity["name"], backbone.patches) == (5, "sscd_disc_mixup", None)
     sha = hashlib.sha256((tmp_path / "sscd_disc_mixup.torchscript.pt").read_bytes()).hexdigest()
     assert backbone.identity["weights"] == sha
 

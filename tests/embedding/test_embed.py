@@ -2,15 +2,18 @@ import io
 import itertools
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from embedding.backbone import Backbone, load_backbone
-from embedding.decode import decode_rgb
-from embedding.embed import BATCH_IMAGES, Waited, ahead, embed_images, embed_stream, unit_rows
+from embedding.backbone import load_backbone
+from embedding.decode import MAX_PIXELS, decode_rgb
+from embedding.embed import BATCH_IMAGES, Waited, ahead, embed_images, embed_stream, preparation, unit_rows
+from embedding.isolate import Processes
+from embedding.network import Backbone, Begun
 from embedding.preprocess import Preprocess, pixel_descriptor
 from embedding.vit import ViT
 from embedding.vit_config import ViTConfig
@@ -168,6 +171,76 @@ def test_time_without_data_is_told(threads):
     assert 2 * BATCH_IMAGES * 0.002 / 2 < waited.seconds <= waited.total  # sleeps; threads may wait for several at once
     log = waited.log(64)
     assert (log["images"], log["waiting_seconds"], log["worker_seconds"]) == (64, waited.seconds, waited.total)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_rows_are_asked_for_when_the_next_batch_has_begun(threads):
+    """So that a GPU has work while its last rows are read; they come in order all the same."""
+    done = []
+
+    def begin(inputs):
+        number = sum(kind == "begun" for kind, _ in done)
+        done.append(("begun", number))
+
+        def rows():
+            done.append(("read", number))
+            return inputs.reshape(len(inputs), -1).astype(np.float32)
+
+        return Begun(rows, lambda: 0.0)
+
+    backbone = Backbone(768, {}, pixel_descriptor, None, begin=begin)
+    images = [file(i) if i % 7 else b"bad" for i in range(4 * BATCH_IMAGES)]
+    parts = list(embed_stream(backbone, images, threads=threads))
+    assert done == [
+        ("begun", 0), ("begun", 1), ("read", 0), ("begun", 2), ("read", 1), ("begun", 3), ("read", 2), ("read", 3)
+    ]  # fmt: skip
+    whole = embed_images(load_backbone("pixels"), images)
+    np.testing.assert_array_equal(np.concatenate([part.embeddings for part in parts]), whole.embeddings)
+    np.testing.assert_array_equal(np.concatenate([part.good for part in parts]), whole.good)
+
+
+def test_a_batch_of_bad_images_alone_asks_nothing_of_the_device():
+    seen = []
+
+    def begin(inputs):
+        seen.append(len(inputs))
+        return Begun(lambda: np.ones((len(inputs), 3), np.float32), lambda: 0.0)
+
+    backbone = Backbone(3, {}, pixel_descriptor, None, begin=begin)
+    images = [file(0), *[b"bad"] * (2 * BATCH_IMAGES), file(1)]
+    assert [len(part.good) for part in embed_stream(backbone, images)] == [1, 0, 1]
+    assert seen == [1, 1]
+
+
+def test_time_in_which_a_device_works_is_not_waiting():
+    """A device that is busy with one batch until the next is there, by its own clock, has waited for nothing."""
+
+    def begin(inputs):
+        began = time.perf_counter()
+
+        def rows():
+            time.sleep(max(0, began + 0.05 - time.perf_counter()))
+            return np.ones((len(inputs), 3), np.float32)
+
+        return Begun(rows, lambda: 0.05)
+
+    backbone = Backbone(3, {}, pixel_descriptor, None, begin=begin)
+    waited = Waited()
+    list(embed_stream(backbone, [file(i) for i in range(20)], batch=4, waited=waited))
+    assert waited.total >= 0.05
+    assert waited.seconds == pytest.approx(waited.total - 5 * 0.05)
+
+
+def test_a_prepared_image_may_come_from_another_process():
+    images = [file(i) if i % 5 else b"bad" for i in range(2 * BATCH_IMAGES + 3)]
+    backbone = load_backbone("pixels")
+    want = embed_images(backbone, images)
+    apart = Processes(2)
+    prepare = partial(apart, preparation("full", backbone, MAX_PIXELS))
+    parts = list(embed_stream(backbone, images, threads=2, prepare=prepare))
+    apart.close()
+    np.testing.assert_array_equal(np.concatenate([part.embeddings for part in parts]), want.embeddings)
+    assert {i: bad for part in parts for i, bad in part.bad.items()} == want.bad
 
 
 def test_unit_rows_by_hand():

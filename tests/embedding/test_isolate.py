@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from embedding.decode import BadImage, inspect_image
-from embedding.isolate import Isolated, guarded
+from embedding.isolate import Isolated, Processes, guarded
 
 CALLS = """
 import os, pathlib, signal, sys, time
@@ -125,6 +125,35 @@ def test_threads_get_their_own_answers(calls, apart):
 def test_it_ends_with_the_block(calls):
     with guarded(isolated=True) as call:
         number = call(calls.whoami, b"")
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+
+
+def test_many_processes_answer_many_threads(calls):
+    apart = Processes(3)
+    with ThreadPoolExecutor(8) as pool:
+        lengths = list(pool.map(lambda n: apart(calls.size, bytes(n)), range(200)))
+        numbers = set(pool.map(lambda n: apart(calls.whoami, b""), range(50)))
+    assert lengths == list(range(200))
+    assert 1 <= len(numbers) <= 3 and os.getpid() not in numbers
+    assert apart(calls.die, b"", "SIGSEGV") == CRASHED
+    assert apart(calls.size, b"abc") == 3
+    apart.close()
+    for number in numbers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
+
+
+def test_no_more_processes_start_than_are_in_use(calls):
+    apart = Processes(5)
+    assert len({apart(calls.whoami, b"") for _ in range(20)}) == 1
+    apart.close()
+
+
+def test_processes_end_with_what_calls_in_them(calls):
+    apart = Processes(2)
+    number = apart(calls.whoami, b"")
+    del apart
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
 

@@ -14,12 +14,14 @@ vit          transformers          CLS after the last norm             after the
 """
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from embedding.backbone import load_backbone
 from embedding.preprocess import read_hf_preprocess
@@ -70,6 +72,7 @@ FAMILIES = {
     "siglip headless": Family("SiglipVisionModel", {**TOWER, "vision_use_head": False}, 0),
     "mae": Family("ViTMAEForPreTraining", MAE, 1),
     "vit": Family("ViTModel", TOWER, 1),
+    "vit with a head": Family("ViTForImageClassification", TOWER, 1),
     "swin": Family("SwinModel", {"image_size": 32, "patch_size": 4, **DEPTHS}, 0),
 }
 WITH_CLS = [name for name in FAMILIES if name not in ("siglip headless", "swin")]
@@ -109,6 +112,7 @@ def their_vectors(model, images, n_before):
         )
     if name == "ViTMAEForPreTraining":
         return mae_without_mask(model.vit, images)
+    model = getattr(model, "vit", model)
     out = model(pixel_values=images)
     summary = out.last_hidden_state[:, 0]
     if name == "CLIPVisionModelWithProjection":
@@ -141,6 +145,61 @@ def test_vectors_are_those_of_transformers(tmp_path, name):
         np.testing.assert_allclose(backbone.embed(pictures()), vectors, rtol=1e-5, atol=1e-5)
         assert backbone.width == vectors.shape[1]
         assert backbone.identity.get("network") == ("openlvd-vit" if family.own else "transformers")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "swin"])
+def test_patches_are_those_of_transformers(tmp_path, name):
+    """Row by row, without CLS and registers."""
+    model = make(tmp_path, name)
+    want = their_vectors(model, inputs(tmp_path), FAMILIES[name].n_before)[1].numpy()
+    backbone = load_backbone(str(tmp_path), pooling="mean")
+    assert backbone.patches is not None
+    out = backbone.patches(np.stack([backbone.prepare(image) for image in pictures()]))
+    assert (out.shape, out.dtype) == ((3, 4, 4, 32), np.float32)
+    for y, x in np.ndindex(4, 4):
+        np.testing.assert_allclose(out[:, y, x], want[:, 4 * y + x], rtol=1e-5, atol=1e-5)
+
+
+def one_layer(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config.get("vision_config", config)["num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def of_second_layer(tensors):
+    """The first weight of the last layer of the image tower."""
+    return min(name for name in tensors if re.search(r"layers?\.1\..*weight", name) and not OTHERS.search(name))
+
+
+def edit(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors, of_second_layer(tensors))
+    save_file(tensors, path, {"format": "pt"})
+
+
+OTHERS = re.compile("text_model|decoder")
+DAMAGES = {
+    "missing": (lambda f: edit(f, lambda t, name: t.pop(name)), r"every weight of the model: 1 are missing, first "),
+    "left over": (one_layer, r"the weights of its config.json: 16 too many, first "),
+    "misshapen": (
+        lambda f: edit(f, lambda t, name: t.update({name: torch.ones(3, 5)})),
+        r"the weights of its config.json: .*layers\.1\..*weight must be \(\d+(, \d+)?,?\): got \(3, 5\)\Z",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["clip", "clip tower", "clip vectors", "siglip", "mae", "vit", "vit with a head"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_weights_that_do_not_match_the_config_are_named(tmp_path, name, damage):
+    """By transformers they would be filled with random values, or left out: another head may be, a layer may not."""
+    make(tmp_path, name)
+    load_backbone(str(tmp_path))
+    change, words = DAMAGES[damage]
+    change(tmp_path)
+    with pytest.raises(ValueError, match=f"must hold {words}") as caught:
+        load_backbone(str(tmp_path))
+    assert re.search(r"layers\.1\.", str(caught.value))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].own])

@@ -99,6 +99,16 @@ def test_files_of_hugging_face_that_leave_a_question(tmp_path, changes, message)
         read_hf_preprocess(hf_folder(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '"x"', "null", b"\xff", json.dumps(HF | {"size": 1.5}),
+                                  json.dumps(HF | {"image_std": "abc"})])  # fmt: skip
+def test_a_spoilt_file_is_named(tmp_path, text):
+    (tmp_path / "preprocessor_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(
+        ValueError, match=r"preprocessor_config\.json must be a JSON object as transformers writes it: "
+    ):
+        read_hf_preprocess(tmp_path)
+
+
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"must come with its preprocessing: no preprocessor_config\.json in"):
         read_hf_preprocess(tmp_path)

@@ -1,6 +1,7 @@
 """What the embed stage says while it works: progress in images, times in the log, and a GPU that is too small."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,15 +10,18 @@ from PIL import Image
 
 from curation.artifact import Artifact
 from curation.store import Location
-from embedding.backbone import Backbone, save_vit
+from embedding.backbone import save_vit
+from embedding.flops import vit_flops
+from embedding.network import Backbone
 from embedding.preprocess import Preprocess
 from embedding.vit import ViT
 from embedding.vit_config import ViTConfig
 from pipelines.engine import run_recipe
 from pipelines.errors import UserError
-from pipelines.executor import LocalExecutor, Resources
+from pipelines.executor import LocalExecutor, Resources, quiet
 from pipelines.recipe import parse_recipe
 from pipelines.stages import embed
+from pipelines.stages.embed import in_words, rates
 from pipelines.stages.table import STAGES
 
 N_IMAGES = 10
@@ -35,7 +39,7 @@ def images(tmp_path):
     return str(folder)
 
 
-def run(root, images, vec=VEC, on_step=lambda name, stage: lambda done, total: None, **resources):
+def run(root, images, vec=VEC, on_step=lambda name, stage: quiet, **resources):
     recipe = parse_recipe({"steps": {"web": {**POOL, "source": images}, "vec": vec}}, STAGES)
     results = run_recipe(recipe, Location(str(root)), LocalExecutor(Resources(**resources)), on_step=on_step)
     return {result.name: Artifact(result.location) for result in results}
@@ -47,7 +51,15 @@ def test_progress_counts_images(tmp_path, images):
     sizes = [part.rows for part in made["web"].parts]
     assert len(sizes) > 1
     mine = [now[1:] for now in said if now[0] == "vec"]
-    assert mine == [(int(done), N_IMAGES) for done in np.cumsum(sizes)]
+    assert mine == [(int(done), N_IMAGES, "images", "") for done in np.cumsum(sizes)]
+
+
+def test_progress_of_a_network_tells_how_long_it_waits(tmp_path, images, vit):
+    said = []
+    vec = {**VEC, "backbone": vit}
+    run(tmp_path / "root", images, vec, on_step=lambda name, stage: lambda *now: said.append((name, *now)))
+    words = [now[4] for now in said if now[0] == "vec"]
+    assert words and all(re.fullmatch(r"\d+% waiting for images", text) for text in words), words
 
 
 def test_rates_and_waiting_are_in_the_log_and_not_in_the_manifest(tmp_path, images):
@@ -58,6 +70,40 @@ def test_rates_and_waiting_are_in_the_log_and_not_in_the_manifest(tmp_path, imag
     assert 0 <= log["share_waiting"] <= 1
     assert log["images_per_worker_second"] > 0
     assert "waiting" not in json.dumps(made.manifest)
+
+
+def test_the_share_of_a_gpu_that_is_used_is_in_the_log(tmp_path, images, vit, monkeypatch):
+    """Images/s x FLOPs of an image / FLOP/s of the device, as far as these are known."""
+    said = []
+    monkeypatch.setattr(embed, "peak_of", lambda backbone: 2e9)
+    made = run(tmp_path / "root", images, {**VEC, "backbone": vit},
+               on_step=lambda name, stage: lambda *now: said.append((name, *now)))["vec"]  # fmt: skip
+    log = json.loads((made.location / "run.jsonl").read().splitlines()[-1])
+    of_an_image = vit_flops(ViTConfig(width=32, depth=1, heads=2, patch_size=8), 16)
+    want = log["images_per_worker_second"] * of_an_image / 2e9
+    assert log["mfu"] == pytest.approx(want, rel=0.02, abs=6e-4)  # the log has three digits
+    assert log["measured_peak_tflops"] == 0.002
+    assert not {"flops", "flops_in_reach"} & set(log)
+    assert "mfu" not in json.dumps(made.manifest)
+    assert said[-1][4].endswith("% of the GPU's measured peak")
+
+
+def test_nothing_is_said_of_a_device_whose_peak_is_not_known(tmp_path, images, vit):
+    made = run(tmp_path / "root", images, {**VEC, "backbone": vit})["vec"]
+    log = json.loads((made.location / "run.jsonl").read().splitlines()[-1])
+    assert log["share_waiting"] > 0 and "mfu" not in log and "flops" not in log
+
+
+def test_rates_by_hand():
+    log = {"images": 300, "worker_seconds": 2.0, "waiting_seconds": 0.5}
+    assert rates({}) == rates({"images": 3}) == {}
+    assert rates(log) == {"images_per_worker_second": 150, "share_waiting": 0.25}
+    log |= {"flops": 3e14, "flops_in_reach": 4e14}  # two workers of one GPU each, of 200 TFLOP/s
+    assert rates(log) == {
+        "images_per_worker_second": 150, "share_waiting": 0.25, "mfu": 0.75, "measured_peak_tflops": 200
+    }  # fmt: skip
+    assert in_words(log) == "25% waiting for images, 75% of the GPU's measured peak"
+    assert in_words({}) == ""
 
 
 def test_a_batch_that_does_not_fit_the_gpu_says_what_to_set(tmp_path, images, monkeypatch):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from curation.artifact import Artifact
 from curation.store import Location
+from embedding.isolate import Processes
 from pipelines.isolation import decoding
 
 # Read by every Python that starts with it on its path: a BMP of one width meets a decoder that crashes, two others meet
@@ -98,6 +99,11 @@ def test_a_fatal_file_costs_an_attempt_at_its_part_and_is_rejected(place):
         assert not list(place.glob(f"{root}/*/*/scratch"))
     for step in ("web", "vectors"):
         assert artifact(place, "serial", step).digest == artifact(place, "ray", step).digest
+    recipe = json.loads((place / "recipe.yaml").read_text())
+    (place / "recipe.yaml").write_text(json.dumps({**recipe, "resources": {"loader_workers": 3}}))
+    (place / "serial").rename(place / "before")
+    assert [attempt(place, "serial") for _ in range(2)] == [-signal.SIGSEGV, 0]  # ``pool``; ``embed`` has processes
+    assert artifact(place, "serial", "vectors").digest == artifact(place, "ray", "vectors").digest
 
 
 def test_a_note_says_that_somebody_died_with_a_part(tmp_path):
@@ -114,6 +120,19 @@ def test_a_note_says_that_somebody_died_with_a_part(tmp_path):
         assert call(len, b"abc") == 3
         assert call.__class__.__name__ == "Isolated"
     assert not note.exists()
+
+
+def test_what_calls_in_other_processes_is_left_to_do_so(tmp_path):
+    note = Location(str(tmp_path / "decoding" / "part-0000003"))
+    apart = Processes(2)
+    for _ in range(2):
+        with pytest.raises(OSError, match="gone"), decoding(note, apart) as call:
+            assert call is apart and note.exists()
+            raise OSError("gone")
+    with decoding(note, apart) as call:
+        assert call(len, b"abc") == 3
+    assert not note.exists()
+    apart.close()
 
 
 def _process(data: bytes) -> int:

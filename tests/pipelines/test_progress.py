@@ -25,6 +25,21 @@ def test_a_long_step_says_its_rate_and_time_left(monkeypatch, capsys):
     assert err.splitlines() == ["near (neighbors) 310 of 1,000, 10/s, 69 s left", "near done"]
 
 
+def test_a_step_may_say_what_it_counts_and_more(monkeypatch, capsys):
+    now = iter([0.0, 31.0, 62.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    with StepProgress() as shown:
+        shown._bar.disable = True
+        update = shown.start("vec", "embed")
+        update(310, 1000, "images", "12% waiting for images")
+        assert shown._bar.tasks[0].fields["rate"] == "10 images/s, 12% waiting for images"
+        update(620, 1000, "images")
+    assert capsys.readouterr().err.splitlines() == [
+        "vec (embed) 310 of 1,000 images, 10 images/s, 69 s left, 12% waiting for images",
+        "vec (embed) 620 of 1,000 images, 10 images/s, 38 s left",
+    ]
+
+
 def test_quiet_is_quiet(monkeypatch, capsys):
     run_a_step(monkeypatch, quiet=True)
     assert capsys.readouterr() == ("", "")
