@@ -49,6 +49,9 @@ soak: setup
 	OPENLVD_KILLS=100 $(BIN)/python -m pytest tests/pipelines/test_contract.py -k killed --timeout 7200
 	OPENLVD_FUZZ=20000 $(BIN)/python -m pytest tests/pipelines/test_fuzz.py -s
 	OPENLVD_S3_KILLS=100 OPENLVD_S3_RAY_KILLS=20 $(BIN)/python -m pytest tests/pipelines/test_s3_kills.py --timeout 7200
+	OPENLVD_S3_FAULTS=0.2 $(BIN)/python -m pytest tests/pipelines/test_s3_faults.py --timeout 7200
+	OPENLVD_EMBED_KILLS=100 OPENLVD_EMBED_RAY_KILLS=20 OPENLVD_EMBED_WORKER_KILLS=100 \
+		$(BIN)/python -m pytest tests/pipelines/test_embed_kills.py --timeout 7200
 
 # Speed beside other tools, one table a subject; bench_gpu.py is run by hand.
 bench: setup

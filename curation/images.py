@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.listing import Root, file_at
-from curation.sources import read_images
+from curation.sources import ImageChanged, read_images
 from curation.store import Location
 
 # Mean bytes of an image from which they are read where they are. Smaller ones are copied first, in the order of their
@@ -46,7 +46,7 @@ class Images(NamedTuple):
     def read(self, numbers: np.ndarray, out: memoryview, at: np.ndarray) -> None:
         """Read images into ``out``, each to its place ``at``, int64 (n,) in bytes.
 
-        Threads may read at the same time. Raises ValueError when an image is not the one that the pool saw,
+        Threads may read at the same time. Raises ImageChanged when one is not what the pool saw,
         FileNotFoundError when its file is gone.
         """
         order = np.lexsort((self.offsets[numbers], self.files[numbers]))  # as a disk likes it
@@ -60,9 +60,9 @@ class Images(NamedTuple):
                     view = out[place : place + length]
                     n_read = _read_at(file, offset, view)
                     if n_read != length:
-                        raise ValueError(f"{self._must_hold(number)}: it had {length} bytes and has {n_read}")
+                        raise ImageChanged(f"{self._must_hold(number)}: it had {length} bytes and has {n_read}")
                     if hashlib.sha256(view).digest() != self.digests[32 * number : 32 * number + 32]:
-                        raise ValueError(f"{self._must_hold(number)}: its bytes have changed since")
+                        raise ImageChanged(f"{self._must_hold(number)}: its bytes have changed since")
 
     def _open(self, number: int) -> AbstractContextManager[io.FileIO]:
         if self.files[number] == _SCRATCH:
@@ -83,7 +83,7 @@ def open_images(parts: Sequence[Part]) -> Iterator[Images]:
     """The images of all rows of the parts.
 
     Large ones on a local disk are read where they are; others are copied here to a scratch file, which is gone
-    afterwards. In memory are 60 bytes an image. Raises ValueError when an image is not as long as the pool saw it.
+    afterwards. In memory are 60 bytes an image. Raises ImageChanged when one is not as long as the pool saw it.
     """
     files, offsets = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     n_files, n_copied = _SCRATCH + 1, 0

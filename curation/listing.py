@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
@@ -78,7 +77,7 @@ def list_source(source: Location) -> Listing:
         raise FileNotFoundError(f"no file that fits {source}")
     tables = _tables_of_img2dataset(found)
     content = [e for e in entries if _is_content(e.name, listed) and not e.name.startswith(runs)]
-    wanted = [entry for entry in content if _suffix(entry.name) not in METADATA_SUFFIXES and entry.name not in tables]
+    wanted = [entry for entry in content if suffix(entry.name) not in METADATA_SUFFIXES and entry.name not in tables]
     packed = [entry.name for entry in wanted if entry.name.lower().endswith(ARCHIVE_SUFFIXES)]
     if packed and len(packed) == len(wanted):  # a stray one among images is one undecodable file
         raise ValueError(
@@ -229,11 +228,11 @@ def _look_below(source: Location) -> tuple[Location, list[Entry], int]:
 
 
 def _with_utf8_names(entries: Sequence[Entry]) -> list[Entry]:
-    return [entry._replace(name=_utf8_name(entry.name)) for entry in entries]
+    return [entry if utf8_text(entry.name) == entry.name else _encoded(entry) for entry in entries]
 
 
-def _utf8_name(name: str) -> str:
-    return name if utf8_text(name) == name else ENCODED + quote(os.fsencode(name))
+def _encoded(entry: Entry) -> Entry:
+    return entry._replace(name=ENCODED + quote(os.fsencode(entry.name)))
 
 
 def split_pattern(source: Location) -> tuple[Location, str]:
@@ -285,8 +284,11 @@ def _is_content(name: str, listed: bool) -> bool:
     return listed or not any(map(is_hidden, name.split("/")))
 
 
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()
+def suffix(name: str) -> str:
+    """The suffix of a file with its dot, in lower case; a name that only begins or ends with a dot has none."""
+    base = name.rpartition("/")[2]
+    at = base.rfind(".")
+    return base[at:].lower() if 0 < at < len(base) - 1 else ""
 
 
 def stem(name: str) -> str:
@@ -296,10 +298,10 @@ def stem(name: str) -> str:
 
 def _sides(found: Sequence[Entry], wanted: Sequence[Entry]) -> list[Entry]:
     """The captions and metadata of loose files, such as ``a.txt`` and ``a.json`` of ``a.jpg``."""
-    maybe = [entry for entry in found if _suffix(entry.name) in SIDE_SUFFIXES]
+    maybe = [entry for entry in found if suffix(entry.name) in SIDE_SUFFIXES]
     if not maybe:
         return []
-    stems = {stem(entry.name) for entry in wanted if _suffix(entry.name) not in CONTAINER_SUFFIXES}
+    stems = {stem(entry.name) for entry in wanted if suffix(entry.name) not in CONTAINER_SUFFIXES}
     return [entry for entry in maybe if stem(entry.name) in stems]
 
 

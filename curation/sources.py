@@ -11,6 +11,7 @@ breaks, an error is raised: another try may give the bytes.
 """
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.listing import CONTAINER_SUFFIXES, Listing, Root, file_at, name_in_source, stem, why_lost
+from curation.listing import CONTAINER_SUFFIXES, Listing, Root, file_at, name_in_source, stem, suffix, why_lost
 from curation.store import S3_REQUESTS, Entry, Location, RangeFile
 from curation.tars import (
     CAPTION_COLUMNS,
@@ -74,22 +75,36 @@ def plan_units(listing: Listing, part_rows: int) -> list[Unit]:
 
     def flush() -> None:
         if loose:
-            sides = dict.fromkeys(side for entry in loose for side in beside.get(stem(entry.name), ()))
             names, sizes, _ = zip(*loose, strict=True)
-            units.append(Unit("files", names, sizes=sizes, sides=tuple(sides)))
+            units.append(Unit("files", names, sizes=sizes, sides=_sides_of(names, beside)))
             loose.clear()
 
     for entry in listing.entries:
-        suffix = Path(entry.name).suffix.lower()
-        if suffix in CONTAINER_SUFFIXES:
+        kind = suffix(entry.name)
+        if kind in CONTAINER_SUFFIXES:
             flush()
-            units.append(Unit(suffix[1:], (entry.name,)))
+            units.append(Unit(kind[1:], (entry.name,)))
         else:
             loose.append(entry)
             if len(loose) == part_rows:
                 flush()
     flush()
     return units
+
+
+def cut_unit(unit: Unit, root: Root, rows: int) -> list[Unit]:
+    """A unit in pieces of about ``rows`` images that together have its records; a tar is one piece."""
+    if unit.kind != "files":
+        return split_parquet(unit, root, rows)
+    beside = _by_stem(unit.sides)
+    slices = [slice(at, at + rows) for at in range(0, len(unit.names), rows)]
+    return [
+        unit._replace(names=unit.names[s], sizes=unit.sizes[s], sides=_sides_of(unit.names[s], beside)) for s in slices
+    ]
+
+
+def _sides_of(names: Sequence[str], beside: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(side for name in names for side in beside.get(stem(name), ())))
 
 
 def _by_stem(names: Sequence[str]) -> dict[str, list[str]]:
@@ -100,7 +115,7 @@ def _by_stem(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def split_parquet(unit: Unit, root: Root, part_rows: int) -> list[Unit]:
-    """A Parquet file as runs of row groups with about ``part_rows`` rows each; other units as they are.
+    """A Parquet file, or a run of its row groups, as runs with about ``part_rows`` rows each; other units as they are.
 
     A file that cannot be read is one run without row groups: reading it will say what is wrong.
     """
@@ -116,13 +131,13 @@ def split_parquet(unit: Unit, root: Root, part_rows: int) -> list[Unit]:
         why_lost(location, e)
         return [unit]
     runs: list[Unit] = []
-    first = first_row = rows = 0
-    for group, size in enumerate(sizes):
-        if rows and rows + size > part_rows:
+    first, stop, first_row, rows = unit.first, unit.stop or len(sizes), unit.first_row, 0
+    for group in range(first, stop):
+        if rows and rows + sizes[group] > part_rows:
             runs.append(unit._replace(first=first, stop=group, first_row=first_row))
             first, first_row, rows = group, first_row + rows, 0
-        rows += size
-    return [*runs, unit._replace(first=first, stop=len(sizes), first_row=first_row)]
+        rows += sizes[group]
+    return [*runs, unit._replace(first=first, stop=stop, first_row=first_row)]
 
 
 def read_unit(root: Root, unit: Unit, image_column: str, label_column: str) -> Iterator[Record]:
@@ -177,7 +192,7 @@ def _loose_file(root: Root, name: str, sides: Sequence[str], label_column: str) 
     except OSError as e:
         return Record(name, None, None, None, detail=why_lost(location, e))
     record = Record(name, None, None, data, parent_folder(name_in_source(root, name)), detail=detail)
-    return next(with_side([record], _read_sides(root, sides), label_column))
+    return next(with_side([record], _read_sides(root, sides), label_column)) if sides else record
 
 
 def _read_sides(root: Root, names: Sequence[str]) -> dict[str, bytes]:
@@ -194,10 +209,12 @@ def _read_sides(root: Root, names: Sequence[str]) -> dict[str, bytes]:
 
 def _read_file(location: Location) -> bytes | None:
     """The bytes of a file, None of one that is longer than any image."""
-    if location.is_local and location.path.stat().st_size > MAX_FILE_BYTES:
-        return None
-    data = location.read() if location.is_local else location.read(0, MAX_FILE_BYTES + 1)
-    return data if len(data) <= MAX_FILE_BYTES else None
+    if location.is_local:
+        with open(location.uri, "rb", buffering=0) as file:  # noqa: PTH123 - no Path, no buffer for millions of files
+            data = None if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES else file.readall()
+    else:
+        data = location.read(0, MAX_FILE_BYTES + 1)
+    return data if data is not None and len(data) <= MAX_FILE_BYTES else None
 
 
 class SpoiltParquet(ValueError):
@@ -391,27 +408,31 @@ def _is_binary(kind: pa.DataType) -> bool:
     return any(check(kind.value_type if types.is_dictionary(kind) else kind) for check in checks)
 
 
+class ImageChanged(ValueError):
+    """An image of a pool is not the one that the pool saw."""
+
+
 def read_checked(root: Root, rows: pa.Table, image_column: str = "image") -> Iterator[bytes]:
-    """``read_images``, each image compared with its key. Raises ValueError when one is not what the pool saw."""
+    """``read_images``, each image compared with its key. Raises ImageChanged when one is not what the pool saw."""
     keys = rows["key"].to_pylist()
     for i, data in enumerate(read_images(root, rows, image_column)):
         if hashlib.sha256(data).hexdigest() != keys[i]:
             at = file_at(root, rows["source"][i].as_py())
-            raise ValueError(f"{at} must hold the image that the pool saw: its bytes have changed since")
+            raise ImageChanged(f"{at} must hold the image that the pool saw: its bytes have changed since")
         yield data
 
 
 def read_images(root: Root, rows: pa.Table, image_column: str = "image") -> Iterator[bytes]:
     """The original bytes of pool rows (columns source, offset, n_bytes), in order.
 
-    Rows of one container are read together: tars by ranges, Parquet by row group. Raises ValueError when an image
-    is not as long as the pool saw it.
+    Rows of one container are read together: tars by ranges, Parquet by row group. Raises ImageChanged when an image
+    is not as long as the pool saw it, FileNotFoundError when its file is gone.
     """
     sources, lengths = rows["source"].to_pylist(), rows["n_bytes"].to_pylist()
     found = _read_runs(root, sources, rows["offset"].to_pylist(), lengths, image_column)
     for name, length, data in zip(sources, lengths, found, strict=True):
         if len(data) != length:
-            raise ValueError(
+            raise ImageChanged(
                 f"{file_at(root, name)} must hold the image that the pool saw: "
                 f"it had {length} bytes and has {len(data)}"
             )
@@ -477,16 +498,16 @@ def _read_parquet_rows(location: Location, wanted: Sequence[int], image_column: 
         starts = np.cumsum([0, *file.group_sizes])
         column = _image_column(file.schema, image_column)
         if column is None:
-            raise ValueError(f"{location} must have the column {image_column!r} with the images that the pool saw")
+            raise ImageChanged(f"{location} must have the column {image_column!r} with the images that the pool saw")
         loaded, images = -1, pa.chunked_array([], pa.binary())
         for row in wanted:
             group = int(np.searchsorted(starts, row, side="right")) - 1
             if group >= len(file.group_sizes):
-                raise ValueError(f"{location} must have row {row}: it has {starts[-1]} rows")
+                raise ImageChanged(f"{location} must have row {row}: it has {starts[-1]} rows")
             if group != loaded:
                 try:
                     table = file.group(group, columns=[column])
                 except SpoiltParquet as e:
-                    raise ValueError(f"{location} must hold the images that the pool saw: {e}") from e
+                    raise ImageChanged(f"{location} must hold the images that the pool saw: {e}") from e
                 loaded, images = group, _image_cells(table[column])[1]
             yield images[row - int(starts[group])].as_py() or b""

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,30 @@ CAPTION_COLUMNS = ("caption", "text")
 MAX_FILE_BYTES = 1 << 31  # of an image: no more is read into memory; 12 bytes a pixel of the largest we decode
 _SYSTEM_FILES = frozenset(("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"))  # in lower case
 _ZEROS_AT_A_TIME = 1 << 20  # bytes, whole blocks
+_READ_AHEAD = 1 << 20  # bytes of a tar asked for at a time
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")  # first bytes
+
+
+# The header of a regular file, or of the pax header of the next member, whose numbers are octal digits: name, size,
+# checksum, type, prefix. That is what nearly all tars are made of; others are left to tarfile.
+_PLAIN_HEADER = re.compile(
+    rb"(.{100})(?:[0-7]{6}[0-7 ][\0 ]){3}([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6})[\0 ]{2}([0x])"
+    rb".{172}(?:[0-7]{6}[0-7 ][\0 ]|\0{8}){2}(.{155}).{12}",
+    re.DOTALL,
+)
+_CHECKSUM = slice(148, 156)
+_PAX_TIME = re.compile(rb"([0-9]+) [acm]time=[0-9.]+\n")
+
+
+class Member(NamedTuple):
+    """What a header of a tar says."""
+
+    name: str
+    offset: int  # of its bytes
+    size: int
+    next: int  # offset of the next header
+    is_regular: bool = True  # a file, sparse or not
+    is_sparse: bool = False
 
 
 class Record(NamedTuple):
@@ -75,7 +99,7 @@ def read_tar(path: Path, source: str, label_column: str) -> Iterator[Record]:
             else:
                 detail = "" if data is not None else too_long(member.size) or "a sparse member of a tar"
                 name = utf8_text(member.name)
-                images.append(Record(source, name, member.offset_data, data, parent_folder(name), detail=detail))
+                images.append(Record(source, name, member.offset, data, parent_folder(name), detail=detail))
     except tarfile.TarError as e:
         broken = utf8_text(str(e))
     yield from with_side(images, side, label_column)
@@ -90,19 +114,18 @@ def split_key(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix
 
 
-def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+def _tar_members(path: Path) -> Iterator[tuple[Member, bytes | None]]:
     """Regular members with their bytes, None for a sparse or overlong one. Raises tarfile.TarError at a break."""
     n_read = 0
     try:
-        with path.open("rb") as file, _Headers(path) as heads:
+        with path.open("rb", _READ_AHEAD) as file, _Headers(path) as heads:
             if file.read(6).startswith(_COMPRESSED):
                 raise tarfile.ReadError("it is compressed")
             start: int | None = 0
             while start is not None:
-                heads.seek(start)
-                for member in _members_from(heads):
-                    file.seek(member.offset_data)
-                    whole = not member.issparse() and not too_long(member.size)
+                for member in _members_from(file, heads, start):
+                    file.seek(member.offset)
+                    whole = not member.is_sparse and not too_long(member.size)
                     yield member, file.read(member.size) if whole else None
                     n_read += 1
                 start = _next_tar(file, heads.end)
@@ -110,19 +133,97 @@ def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
         raise tarfile.ReadError(f"tar breaks off after {n_read} members: {e}") from e
 
 
-def _members_from(heads: "_Headers") -> Iterator[tarfile.TarInfo]:
-    """The regular, not hidden members of the tar that starts here; leaves where it ends in ``heads.end``."""
-    size = os.fstat(heads.fileno()).st_size
-    with tarfile.open(fileobj=heads, mode="r:") as tar:
-        for member in tar:
-            end = member.offset_data + (member.size if member.isreg() and not member.issparse() else 0)
-            if not member.offset_data <= min(end, tar.offset) or max(end, tar.offset - tarfile.BLOCKSIZE) > size:
-                raise tarfile.ReadError(f"member {member.name!r} needs bytes that the file does not have")
-            *folders, name = member.name.split("/")
-            if member.isreg() and not is_hidden(name) and "__MACOSX" not in folders:
-                yield member
-            tar.members = []  # type: ignore[attr-defined]  # else it keeps every header it has seen
-        heads.end = tar.offset
+def _members_from(file: BinaryIO, heads: "_Headers", start: int) -> Iterator[Member]:
+    """The regular, not hidden members of the tar that starts here; leaves where it ends in ``heads.end``.
+
+    Plain headers are read here, some five times as fast as by tarfile; it reads all others, and tells what is wrong.
+    """
+    length = os.fstat(heads.fileno()).st_size
+    by_tarfile = _ByTarfile(heads, length)
+    at = start
+    while True:
+        plain = None if by_tarfile.has_defaults else _plain_member(file, at)
+        member = plain or by_tarfile.member(at)
+        if member is None:
+            heads.end = at
+            return
+        at = member.next
+        end = member.offset + (member.size if member.is_regular and not member.is_sparse else 0)
+        if not member.offset <= min(end, at) or max(end, at - tarfile.BLOCKSIZE) > length:
+            raise tarfile.ReadError(f"member {member.name!r} needs bytes that the file does not have")
+        *folders, name = member.name.split("/")
+        if member.is_regular and not is_hidden(name) and "__MACOSX" not in folders:
+            yield member
+
+
+def _plain_member(file: BinaryIO, at: int) -> Member | None:
+    """The regular file whose header is at an offset; None if that is not so plain."""
+    file.seek(at)
+    fields = _plain_fields(file.read(tarfile.BLOCKSIZE))
+    if fields is not None and fields[2] == b"x":
+        if not _says_times(file.read(tarfile.BLOCKSIZE), fields[1]):
+            return None
+        at += 2 * tarfile.BLOCKSIZE
+        fields = _plain_fields(file.read(tarfile.BLOCKSIZE))
+    if fields is None or fields[2] != b"0":
+        return None
+    name, size, _ = fields
+    offset = at + tarfile.BLOCKSIZE
+    return Member(name, offset, size, offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+
+
+def _plain_fields(head: bytes) -> tuple[str, int, bytes] | None:
+    """Name, size in bytes and type of a plain header whose checksum is right."""
+    match = _PLAIN_HEADER.fullmatch(head)
+    if match is None:
+        return None
+    name, size, checksum, kind, prefix = match.groups()
+    blanks = 8 * ord(" ")  # stand for the checksum in what it sums
+    if sum(head.translate(None, b"\0")) - sum(head[_CHECKSUM]) + blanks != int(checksum, 8):
+        return None
+    path = name.partition(b"\0")[0]
+    if prefix[0]:
+        path = prefix.partition(b"\0")[0] + b"/" + path
+    return os.fsdecode(path), int(size, 8), kind
+
+
+def _says_times(block: bytes, size: int) -> bool:
+    """Whether a pax header of one block, ``size`` bytes of it used, says nothing but times, as webdataset's do."""
+    at = 0
+    while at < size <= tarfile.BLOCKSIZE:
+        record = _PAX_TIME.match(block, at)
+        if record is None or len(record[0]) != int(record[1]):
+            return False
+        at = record.end()
+    return 0 < at == size and not block[size:].strip(b"\0")
+
+
+class _ByTarfile:
+    """Members of a tar by tarfile, which is opened when there is one to read."""
+
+    def __init__(self, heads: "_Headers", length: int) -> None:
+        self._heads, self._length = heads, length
+        self._tar: tarfile.TarFile | None = None
+
+    @property
+    def has_defaults(self) -> bool:
+        """Whether a header has said something of all members that follow."""
+        return self._tar is not None and bool(self._tar.pax_headers)
+
+    def member(self, at: int) -> Member | None:
+        """The member whose header is at an offset, None where the tar ends. Raises tarfile.TarError."""
+        if self._tar is None:
+            if at > self._length:
+                raise tarfile.ReadError("unexpected end of data")
+            self._heads.seek(at)
+            self._tar = tarfile.open(fileobj=self._heads, mode="r:")  # noqa: SIM115 - it has nothing to close
+        else:
+            self._tar.offset = at
+        found = self._tar.next()
+        self._tar.members = []  # type: ignore[attr-defined]  # else it keeps every header it has seen
+        if found is None:
+            return None
+        return Member(found.name, found.offset_data, found.size, self._tar.offset, found.isreg(), found.issparse())
 
 
 class _Headers(io.FileIO):
@@ -161,6 +262,9 @@ def with_side(images: Iterable[Record], side: Mapping[str, bytes], label_column:
 
     ``side`` are files by their suffix, without its dot: ``txt``, ``json`` and ``cls``.
     """
+    if not side:
+        yield from images
+        return
     caption = side["txt"].decode("utf-8", "replace") if "txt" in side else None
     metadata = json_text(side.get("json"))
     fields = json.loads(metadata) if metadata else {}
@@ -184,7 +288,7 @@ def json_text(data: bytes | None) -> str | None:
 def to_json(value: Any) -> str:
     """A value as JSON, keys sorted: what JSON has no form for is text, no number is null, bytes are text or null."""
     try:
-        return json.dumps(value, sort_keys=True, default=_plain, allow_nan=False)
+        return _ENCODER.encode(value)
     except ValueError:  # rare: only then is every value looked at
         return json.dumps(_without_nan(value), sort_keys=True, default=_plain)
 
@@ -201,6 +305,9 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, default=_plain, allow_nan=False)
+
+
 def bytes_text(value: bytes | None) -> str | None:
     """Bytes as text, None where they are none."""
     try:
@@ -211,6 +318,8 @@ def bytes_text(value: bytes | None) -> str | None:
 
 def text_of(value: object) -> str | None:
     """A metadata value as text: strings as they are, others as JSON, None and NaN as None."""
+    if type(value) is int:  # as most labels are: its JSON, sooner
+        return str(value)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     return utf8_text(value if isinstance(value, str) else to_json(value))
@@ -218,4 +327,4 @@ def text_of(value: object) -> str | None:
 
 def utf8_text(text: str) -> str:
     """Text that a table can hold: half surrogates, of names that are no UTF-8 or of JSON, become question marks."""
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from PIL import Image, ImageFile
 
 from embedding.fast_decode import Reduced, at_centres, covered, shrink
 
+T = TypeVar("T")
 MAX_PIXELS = 178_956_970  # a twelfth of 2 ** 31: half a gibibyte of RGB
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # names in Pillow
@@ -48,6 +49,7 @@ _DETAIL_CHARS = 200
 _PIXELS_A_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64}
 _MAX_SCANS = 500  # of a JPEG: each is a pass over the whole picture; encoders write some ten
 _SIDEWAYS = (5, 6, 7, 8)  # orientations of EXIF in which rows and columns change places
+_PLAIN_MODES = ("RGB", "L")  # of Pillow, in which pixels are as ``to_rgb8`` gives them or copies of that
 _PNG_NEEDED = (b"tRNS", b"eXIf")  # chunks that change the picture though a decoder may leave them out
 
 
@@ -76,8 +78,8 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint
     header: an image above ``max_pixels`` costs no memory, one below about 10 bytes a pixel, 20 with transparency or
     deep pixels.
     """
-    decoded = _decode(data, max_pixels)
-    return decoded if isinstance(decoded, BadImage) else decoded[1].pixels
+    decoded = _decode(data, max_pixels, _picture)
+    return decoded if isinstance(decoded, BadImage) else decoded.pixels
 
 
 def decode_reduced(data: bytes, least_side: int | None, max_pixels: int = MAX_PIXELS) -> Reduced | BadImage:
@@ -86,23 +88,17 @@ def decode_reduced(data: bytes, least_side: int | None, max_pixels: int = MAX_PI
     least_side: pixels that the shorter side is to be resized to. None: never at less than its size. The same files are
     bad, for the same reasons.
     """
-    decoded = _decode(data, max_pixels, least_side)
-    return decoded if isinstance(decoded, BadImage) else decoded[1]
+    return _decode(data, max_pixels, _picture, least_side)
 
 
 def inspect_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFacts | BadImage:
-    """Format and upright size of an image that decodes to its last pixel. Memory as ``decode_rgb``."""
-    inspected = inspect_pixels(data, max_pixels)
-    return inspected if isinstance(inspected, BadImage) else inspected[0]
+    """Format and upright size of an image that ``decode_rgb`` decodes to its last pixel. Memory as there, or less."""
+    return _decode(data, max_pixels, _facts)
 
 
 def inspect_pixels(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[ImageFacts, npt.NDArray[np.uint8]] | BadImage:
     """As ``inspect_image``, with the picture that ``decode_rgb`` gives."""
-    decoded = _decode(data, max_pixels)
-    if isinstance(decoded, BadImage):
-        return decoded
-    name, picture = decoded
-    return ImageFacts(name, width=picture.width, height=picture.height), picture.pixels
+    return _decode(data, max_pixels, _facts_and_pixels)
 
 
 def check_size(facts: ImageFacts, min_side: int, max_aspect_ratio: float) -> BadImage | None:
@@ -115,19 +111,35 @@ def check_size(facts: ImageFacts, min_side: int, max_aspect_ratio: float) -> Bad
     return None
 
 
-def _decode(data: bytes, max_pixels: int, least_side: int | None = None) -> tuple[str, Reduced] | BadImage:
-    decoded = _decode_as_is(data, max_pixels, least_side)
+class _Loaded(NamedTuple):
+    """An image that is decoded, still with Pillow."""
+
+    image: ImageFile.ImageFile
+    name: str  # of its format
+    size: tuple[int, int]  # (width, height) as stored, before scaling
+    scale: int  # decoded at 1 / this
+    turn: int  # orientation of EXIF
+    frame: tuple[int, ...] | None  # of a GIF: the box that its first frame paints
+
+
+def _decode(
+    data: bytes, max_pixels: int, take: Callable[[_Loaded], T | BadImage], least_side: int | None = None
+) -> T | BadImage:
+    """What ``take`` makes of the decoded image; what it raises is a bad image too."""
+    decoded = _decode_as_is(data, max_pixels, take, least_side)
     if isinstance(decoded, BadImage) and data.startswith(b"\x89PNG") and decoded.reason == "undecodable":
         # Pillow refuses a picture for what stands beside it: a text bomb, a colour profile, a checksum of a comment.
         bare = _needed_chunks(data)
-        again = _decode_as_is(bare, max_pixels, None) if len(bare) < len(data) else decoded
+        again = _decode_as_is(bare, max_pixels, take, None) if len(bare) < len(data) else decoded
         return decoded if isinstance(again, BadImage) else again
     return decoded
 
 
-def _decode_as_is(data: bytes, max_pixels: int, least_side: int | None) -> tuple[str, Reduced] | BadImage:
+def _decode_as_is(
+    data: bytes, max_pixels: int, take: Callable[[_Loaded], T | BadImage], least_side: int | None
+) -> T | BadImage:
     try:
-        with _QUIET_PILLOW, _open(data) as image:
+        with QUIET_PILLOW, _open(data) as image:
             if image.width * image.height > max_pixels:  # from the header, before decoding
                 return BadImage("too_large", f"{image.width}x{image.height} > {max_pixels} pixels")
             name = "jpeg" if image.format == "MPO" else str(image.format).lower()  # MPO: several JPEGs in one file
@@ -135,20 +147,41 @@ def _decode_as_is(data: bytes, max_pixels: int, least_side: int | None) -> tuple
             frame = image.tile[0][1] if name == "gif" and image.tile else None
             size, scale = image.size, shrink(image, least_side)
             image.load()
-            turn = _orientation(image)
-            pixels = _upright(at_centres(_on_white(to_rgb8(image), frame), scale), turn)
+            return take(_Loaded(image, name, size, scale, _orientation(image), frame))
     except Image.DecompressionBombError as e:  # Pillow's own limit, from the header too
         return BadImage("too_large", str(e))
     except _DECODER_ERRORS as e:
         words = f"{type(e).__name__}: {e}".encode("ascii", "backslashreplace").decode()
         return BadImage("undecodable", words[:_DETAIL_CHARS])
+
+
+def _picture(loaded: _Loaded) -> Reduced | BadImage:
+    image, _, size, scale, turn, frame = loaded
+    pixels = _upright(at_centres(_on_white(to_rgb8(image), frame), scale), turn)
     if not pixels.size:
         return BadImage("undecodable", f"no pixels: {pixels.shape}")
     if scale == 1:
         height, width = pixels.shape[:2]
-        return name, Reduced(pixels, width, height, (0, 0, width, height))
+        return Reduced(pixels, width, height, (0, 0, width, height))
     width, height = size[::-1] if turn in _SIDEWAYS else size
-    return name, Reduced(pixels, width, height, covered(pixels.shape, size, scale, turn))
+    return Reduced(pixels, width, height, covered(pixels.shape, size, scale, turn))
+
+
+def _facts_and_pixels(loaded: _Loaded) -> tuple[ImageFacts, npt.NDArray[np.uint8]] | BadImage:
+    picture = _picture(loaded)
+    if isinstance(picture, BadImage):
+        return picture
+    return ImageFacts(loaded.name, width=picture.width, height=picture.height), picture.pixels
+
+
+def _facts(loaded: _Loaded) -> ImageFacts | BadImage:
+    """The facts of an image that is decoded in full. Pixels are made where that may fail."""
+    image = loaded.image
+    if image.mode not in _PLAIN_MODES or "transparency" in image.info or not all(image.size):
+        made = _facts_and_pixels(loaded)
+        return made if isinstance(made, BadImage) else made[0]
+    width, height = image.size[::-1] if loaded.turn in _SIDEWAYS else image.size
+    return ImageFacts(loaded.name, width, height)
 
 
 def _check_claims(data: bytes, kind: str, width: int, height: int) -> None:
@@ -320,4 +353,4 @@ class _QuietPillow:
                 self._saved.__exit__(kind, error, trace)
 
 
-_QUIET_PILLOW = _QuietPillow()
+QUIET_PILLOW = _QuietPillow()  # entered once for many images it costs each of them less

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from embedding.decode import BadImage, check_size, inspect_pixels
+from embedding.decode import BadImage, check_size, inspect_image, inspect_pixels
 from embedding.preprocess import check_rgb8
 
 Grey = npt.NDArray[np.uint8]
@@ -30,11 +30,14 @@ def scan_image(
     The file is decoded once, to its last pixel. One that does not decode, or is of a size that is not wanted (see
     ``check_size``), is a BadImage and is not measured. Memory as ``decode_rgb`` and ``measure``.
     """
-    inspected = inspect_pixels(data, max_pixels)
+    inspected = inspect_pixels(data, max_pixels) if names else inspect_image(data, max_pixels)
     if isinstance(inspected, BadImage):
         return inspected
-    facts, pixels = inspected
-    return check_size(facts, min_side, max_aspect_ratio) or {**vars(facts), **measure(pixels, names)}
+    facts, pixels = inspected if isinstance(inspected, tuple) else (inspected, None)
+    wrong = check_size(facts, min_side, max_aspect_ratio)
+    if wrong is not None:
+        return wrong
+    return vars(facts) | (measure(pixels, names) if pixels is not None else {})
 
 
 def measure(pixels: npt.NDArray[np.uint8], names: Sequence[str]) -> dict[str, float | str]:

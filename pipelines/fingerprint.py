@@ -130,8 +130,11 @@ def look_outside(steps: Sequence[Step]) -> dict[str, Look]:
             found[step.name] = look(step.config)
         except FileNotFoundError as e:
             raise UserError(f"{step.name}: {e}", "check the path; it is relative to where the command runs") from e
-        except PermissionError as e:
-            raise UserError(f"{step.name}: cannot read {e.filename}: {e.strerror}", "check who may read it") from e
+        except OSError as e:
+            if not e.filename and not isinstance(e, PermissionError):  # S3 failed, which may pass
+                raise
+            what = f"cannot read {e.filename}: {e.strerror}" if e.filename else str(e)
+            raise UserError(f"{step.name}: {what}", "check the path, and who may read it") from e
     return found
 
 

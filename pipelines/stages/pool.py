@@ -1,13 +1,15 @@
 """``pool``: what there is, looked at once, without exact copies, numbered for good.
 
-Scan (a unit a task), exact duplicates (a hash partition a task), numbered parts (a unit a task). What the passes
-hand to one another lies in scratch files, so an interrupted pool goes on where it was.
+Scan (a unit a task, or a piece of one), exact duplicates (a hash partition a task), numbered parts (a unit a task).
+What the passes hand to one another lies in scratch files, so an interrupted pool goes on where it was.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +25,6 @@ from curation.pool import (
     MEASURES,
     POOL_SCHEMA,
     REJECTED_SCHEMA,
-    SCAN_SCHEMA,
     PoolConfig,
     find_duplicates,
     key_partition,
@@ -32,7 +33,7 @@ from curation.pool import (
     scan_schema,
 )
 from curation.shuffle import read_shuffle, write_shuffle
-from curation.sources import Unit, plan_units, read_unit, split_parquet
+from curation.sources import Unit, cut_unit, plan_units, read_unit, split_parquet
 from curation.store import Entry, Location
 from curation.tars import Record
 from pipelines.errors import UserError
@@ -40,10 +41,12 @@ from pipelines.stage import FOUND, Inputs, Output, Stage, whole_files
 
 BAD_REASONS = ("undecodable", "too_large")  # images that are broken, not merely unwanted
 SCAN_BATCH = 1024  # rows of Python values at a time before they become Arrow
+SCAN_ROWS = 4096  # images of one scan task, about, where units are few
+MANY_UNITS = 1024  # as many units are work enough for everybody, and are not cut into pieces for the scan
 
 
 class Task(NamedTuple):
-    """A unit and its place among all units."""
+    """A unit, or a piece of one, and its place among all that are scanned."""
 
     number: int
     unit: Unit
@@ -75,35 +78,40 @@ def look(config: PoolConfig) -> tuple[Sequence[Entry], Listing]:
 def run(config: PoolConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
     """Write ``part-*`` (kept rows) and ``rejected-*`` (the others, with the reason)."""
     listing: Listing = inputs[FOUND]
-    tasks = _tasks(config, listing, executor)
+    tasks, first_scan = _tasks(config, listing, executor)
+    n_units = len(first_scan) - 1
     scans = out.scratch("scan")
     made = {entry.name for entry in scans.list()} if scans.is_folder() else set()
     todo = [task for task in tasks if part_name(task.number) not in made]
     look_at = partial(scan, config=config, root=listing.root, out=scans, notes=out.scratch("decoding"))
     for _ in executor.map(look_at, todo):
         pass
-    n_kept = mark_duplicates(len(tasks), out, executor)
+    n_kept = mark_duplicates(first_scan, out, executor)
     first_part, sizes = part_sizes(n_kept, config.part_rows)
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     names = [
         [part_name(i, "rejected"), *(part_name(p) for p in range(first_part[i], first_part[i + 1]))]
-        for i in range(len(tasks))
+        for i in range(n_units)
     ]
-    items = [(i, int(first_part[i]), int(starts[first_part[i]])) for i in range(len(tasks))]
-    n_partitions = partitions(len(tasks), out)
-    number = partial(write_unit, out=out.location, scratch=out.scratch(""), n_partitions=n_partitions,
+    items = [(i, int(first_part[i]), int(starts[first_part[i]])) for i in range(n_units)]
+    number = partial(write_unit, out=out.location, scratch=out.scratch(""), n_partitions=partitions(out),
                      part_rows=config.part_rows)  # fmt: skip
-    out.make(number, items, names)
+    out.make(number, items, names, shared={"first_scan": first_scan})
     counts = {"rows": 0, "kept": 0, "dropped": 0, "bad": 0, **add_counts(file.counts for file in out.files)}
     counts["ignored_files"] = listing.ignored
     check_counts(config, counts, out)
     return counts
 
 
-def _tasks(config: PoolConfig, listing: Listing, executor: Executor) -> list[Task]:
+def _tasks(config: PoolConfig, listing: Listing, executor: Executor) -> tuple[list[Task], np.ndarray]:
+    """What is scanned, and int64 (units + 1,): unit ``i`` is the tasks ``first[i]`` to ``first[i + 1]``."""
     split = partial(split_parquet, root=listing.root, part_rows=config.part_rows)
     units = [unit for some in executor.map(split, plan_units(listing, config.part_rows)) for unit in some]
-    return [Task(i, unit) for i, unit in enumerate(units)]
+    pieces = [[unit] for unit in units]
+    if len(units) < MANY_UNITS:
+        pieces = list(executor.map(partial(cut_unit, root=listing.root, rows=SCAN_ROWS), units))
+    first = np.cumsum([0, *map(len, pieces)]).astype(np.int64)
+    return [Task(i, piece) for i, piece in enumerate(chain.from_iterable(pieces))], first
 
 
 def scan(task: Task, config: PoolConfig, root: Root, out: Location, notes: Location) -> None:
@@ -112,54 +120,49 @@ def scan(task: Task, config: PoolConfig, root: Root, out: Location, notes: Locat
     from embedding.measures import scan_image
     from pipelines.isolation import decoding
 
+    schema = scan_schema(config.measures)
+    measures = [name for name in schema.names if name in MEASURES]
     limits = (config.max_pixels, config.min_side, config.max_aspect_ratio)
 
-    def looked_at(record: Record) -> dict[str, object]:
-        row: dict[str, object] = {name: getattr(record, name, None) for name in SCAN_SCHEMA.names}
-        if record.data is None:
-            return {**row, "reason": record.reason or "undecodable"}
-        row |= {"n_bytes": len(record.data), "key": sha256(record.data), "detail": None, "reason": None}
-        found = call(scan_image, record.data, *limits, config.measures)
-        return {**row, **(vars(found) if isinstance(found, BadImage) else found)}
+    def looked_at(record: Record) -> tuple[object, ...]:
+        """The values of the schema, in its order."""
+        data, key, n_bytes = record.data, None, None
+        found: dict[str, Any] | BadImage = BadImage(record.reason or "undecodable", record.detail)
+        if data is not None:
+            key, n_bytes = hashlib.sha256(data).hexdigest(), len(data)
+            found = call(scan_image, data, *limits, config.measures)
+        facts, why = ({}, (found.reason, found.detail)) if isinstance(found, BadImage) else (found, (None, None))
+        seen = (n_bytes, key, facts.get("format"), facts.get("width"), facts.get("height"))
+        said = (record.label, record.caption, record.metadata)
+        return (*record[:3], *seen, *said, *why, *map(facts.get, measures))
 
     records = read_unit(root, task.unit, config.image_column, config.label_column)
     with decoding(notes / part_name(task.number)) as call:
-        table = rows_to_table(map(looked_at, records), scan_schema(config.measures))
+        table = rows_to_table(map(looked_at, records), schema)
     write_table(out / part_name(task.number), table)
 
 
-def sha256(data: bytes) -> str:
-    """The key of an image: the hash of its bytes."""
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
-
-
-def rows_to_table(rows: Iterator[dict[str, object]], schema: pa.Schema) -> pa.Table:
-    """Rows as a table, a batch of Python values at a time."""
-    batches: list[pa.RecordBatch] = []
-    waiting: list[dict[str, object]] = []
-    for row in rows:
-        waiting.append(row)
-        if len(waiting) == SCAN_BATCH:
-            batches.append(pa.RecordBatch.from_pylist(waiting, schema))
-            waiting = []
-    batches.append(pa.RecordBatch.from_pylist(waiting, schema))
+def rows_to_table(rows: Iterator[tuple[object, ...]], schema: pa.Schema) -> pa.Table:
+    """Rows, values in the order of the schema, as a table, a batch of Python values at a time."""
+    batches = []
+    while some := list(islice(rows, SCAN_BATCH)):
+        columns = zip(schema.types, zip(*some, strict=True), strict=True)
+        batches.append(pa.record_batch([pa.array(values, kind) for kind, values in columns], schema=schema))
     return pa.Table.from_batches(batches, schema)
 
 
-def partitions(n_units: int, out: Output) -> int:
+def partitions(out: Output) -> int:
     """How many hash partitions: noted by the first pass over the keys."""
     return int(out.scratch("n_partitions").read())
 
 
-def mark_duplicates(n_units: int, out: Output, executor: Executor) -> np.ndarray:
+def mark_duplicates(first_scan: np.ndarray, out: Output, executor: Executor) -> np.ndarray:
     """Find the rows whose bytes an earlier row has. Returns the number of kept rows of each unit, int64."""
-    scratch = out.scratch("")
-    n_good = np.array(list(executor.map(partial(count_good, scratch=scratch), range(n_units))), np.int64)
+    scratch, n_units, scans = out.scratch(""), len(first_scan) - 1, {"first_scan": first_scan}
+    n_good = np.array(list(executor.map(partial(count_good, scratch=scratch), range(n_units), scans)), np.int64)
     n_partitions = max(1, -(-int(n_good.sum()) // KEYS_PER_PARTITION))
     out.scratch("n_partitions").write(str(n_partitions).encode())
-    for _ in executor.map(partial(spread_keys, scratch=scratch, n_partitions=n_partitions), range(n_units)):
+    for _ in executor.map(partial(spread_keys, scratch=scratch, n_partitions=n_partitions), range(n_units), scans):
         pass
     find = partial(duplicates_of_partition, scratch=scratch, n_units=n_units)
     n_again = executor.reduce(find, range(n_partitions), np.add)
@@ -167,15 +170,21 @@ def mark_duplicates(n_units: int, out: Output, executor: Executor) -> np.ndarray
     return n_kept
 
 
-def count_good(unit: int, scratch: Location) -> int:
+def read_scan(scratch: Location, unit: int, first_scan: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a unit as they were scanned, or some columns of them."""
+    pieces = range(first_scan[unit], first_scan[unit + 1])
+    tables = [read_table(scratch / "scan" / part_name(piece), columns) for piece in pieces]
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def count_good(unit: int, scratch: Location, first_scan: np.ndarray) -> int:
     """Rows of a unit that nothing is wrong with."""
-    reasons = read_table(scratch / "scan" / part_name(unit), ["reason"])["reason"]
-    return int(reasons.null_count)
+    return int(read_scan(scratch, unit, first_scan, ["reason"])["reason"].null_count)
 
 
-def spread_keys(unit: int, scratch: Location, n_partitions: int) -> None:
+def spread_keys(unit: int, scratch: Location, n_partitions: int, first_scan: np.ndarray) -> None:
     """Send the keys of a unit's good rows to their hash partitions."""
-    scanned = read_table(scratch / "scan" / part_name(unit), ["key", "reason"]).combine_chunks()
+    scanned = read_scan(scratch, unit, first_scan, ["key", "reason"])
     good_keys = pc.if_else(scanned["reason"].is_null(), scanned["key"], None).combine_chunks()
     records, _ = key_records(good_keys, unit)
     write_shuffle(scratch / "keys" / f"{unit}", records, key_partition(records, n_partitions), n_partitions)
@@ -191,15 +200,20 @@ def duplicates_of_partition(partition: int, scratch: Location, n_units: int) -> 
 
 
 def write_unit(
-    item: tuple[int, int, int], out: Location, scratch: Location, n_partitions: int, part_rows: int
+    item: tuple[int, int, int],
+    out: Location,
+    scratch: Location,
+    n_partitions: int,
+    part_rows: int,
+    first_scan: np.ndarray,
 ) -> list[FileInfo]:
     """Write the kept rows of a unit as numbered parts, and its rejected rows."""
     unit, first_part, row_id = item
-    scanned = read_table(scratch / "scan" / part_name(unit)).combine_chunks()
+    scanned = read_scan(scratch, unit, first_scan)
     again = np.concatenate(
         [read_shuffle(scratch / "duplicates" / f"{p}", DUPLICATE_RECORD, unit) for p in range(n_partitions)]
     )
-    rejected = reject_duplicates(scanned, again, names_of_first(again, scratch))
+    rejected = reject_duplicates(scanned, again, names_of_first(again, scratch, first_scan))
     files = [write_rejected(out / part_name(unit, "rejected"), rejected)]
     kept = scanned.filter(pc.is_null(rejected["reason"]))
     columns = [*POOL_SCHEMA.names, *(name for name in scanned.column_names if name in MEASURES)]
@@ -216,13 +230,13 @@ def write_unit(
     return files
 
 
-def names_of_first(again: np.ndarray, scratch: Location) -> pa.ChunkedArray:
+def names_of_first(again: np.ndarray, scratch: Location, first_scan: np.ndarray) -> pa.ChunkedArray:
     """What the image that stayed is called, for every DUPLICATE_RECORD: one unit's names in memory at a time."""
     order = np.argsort(again["first_unit"], kind="stable")
     units, starts = np.unique(again["first_unit"][order], return_index=True)
     names = []
     for unit, rows in zip(units.tolist(), np.split(again["first_row"][order], starts)[1:], strict=True):
-        first = read_table(scratch / "scan" / part_name(unit), ["source", "member"]).take(pa.array(rows))
+        first = read_scan(scratch, unit, first_scan, ["source", "member"]).take(pa.array(rows))
         names += pc.binary_join_element_wise(first["source"], first["member"], "/", null_handling="skip").chunks
     return pa.chunked_array(names, pa.string()).take(pa.array(np.argsort(order)))
 

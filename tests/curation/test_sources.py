@@ -25,6 +25,7 @@ from curation.listing import ROOT_FILE, file_at, list_source, source_root
 from curation.sources import (
     Unit,
     ahead,
+    cut_unit,
     plan_units,
     read_checked,
     read_images,
@@ -582,6 +583,95 @@ def test_a_size_that_cannot_be_ends_a_tar(tmp_path, kind, size):
     assert records[-1].data is None and records[-1].detail.startswith("tar breaks off after ")
 
 
+def odd_tar(rng, kind):
+    """A tar of this format, or by webdataset, with names, sizes, times, types and pax headers of all sorts."""
+    if kind == "webdataset":
+        import webdataset
+
+        out = io.BytesIO()
+        writer = webdataset.TarWriter(out)
+        for i in range(3):
+            writer.write({"__key__": f"{i:04d}", "jpg": rng.bytes(int(rng.choice([0, 5, 512, 700]))), "cls": i})
+        writer.close()
+        return out.getvalue()
+    names = ["a/%d.jpg", "%d.png", "d/" * 60 + "%d.jpg", "é%d.jpg", ".h%d.jpg", "__MACOSX/%d.jpg", "%d.cls"]
+    names += ["x" * 110 + "%d.webp"] if kind != USTAR else []
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=kind) as tar:
+        for i in range(int(rng.integers(7))):
+            info = tarfile.TarInfo(str(rng.choice(names)) % i)
+            data = rng.bytes(int(rng.choice([0, 1, 30, 511, 512, 513, 1500])))
+            info.mtime = float(rng.choice([0, 1.5, 1.7e9, 1.7e9 + 0.1])) if kind == PAX else 5
+            info.uid = int(rng.choice([0, 1000, 3_000_000] if kind != USTAR else [0]))
+            info.type = bytes(rng.choice([b"0", b"0", b"0", b"0", b"\0", b"5", b"2", b"7"])) or b"\0"
+            info.linkname = "q" if info.type == b"2" else ""
+            info.size = len(data) if info.type not in b"52" else 0
+            tar.addfile(info, io.BytesIO(data) if info.size else None)
+    return out.getvalue()
+
+
+def spoilt(data, rng):
+    """Cut, with bytes of headers changed, mostly with a checksum that is right, or followed by more."""
+    data = bytearray(data[: rng.integers(len(data))] if rng.random() < 0.25 else data)
+    fields = [(0, 40), (0, 100), (100, 160), (124, 136), (148, 156), (156, 157), (329, 345), (345, 500), (0, 512)]
+    for _ in range(int(rng.integers(4)) if len(data) >= 512 else 0):
+        block = int(rng.integers(len(data) // 512)) * 512
+        data[block + int(rng.integers(*fields[rng.integers(len(fields))]))] = rng.choice(
+            list(b"\0 017=x\ngLSV\x80\xff")
+        )
+        if rng.random() < 0.8:
+            data[block : block + 512] = with_checksum(data[block : block + 512])
+    return bytes(data) * int(rng.choice([1, 1, 1, 2])) + bytes(int(rng.choice([0, 0, 0, 600])))
+
+
+@pytest.mark.parametrize("kind", [USTAR, PAX, GNU, "webdataset"])
+@pytest.mark.parametrize("seed", range(10))
+def test_headers_read_here_and_by_tarfile_give_the_same(tmp_path, monkeypatch, seed, kind):
+    rng = np.random.default_rng(seed)
+    whole = odd_tar(rng, kind)
+    cuts = [whole[: r.offset + len(r.data)] for r in scan_tar(tmp_path, whole) if r.data is not None]
+    for data in [whole, *cuts, *(spoilt(whole, rng) for _ in range(12))]:
+        assert scan_tar(tmp_path, data) == scan_by_tarfile(tmp_path, monkeypatch, data)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g"])
+@pytest.mark.parametrize(
+    "size, records",
+    [
+        (28, b"28 mtime=1795280771.6901999\n"), (40, b"20 mtime=1795280771\n20 atime=1795280771\n"), (0, None),
+        (0, b""), (20, b"00 mtime=1795280771\n"), (20, b"21 mtime=1795280771\n"), (20, b"19 mtime=1795280771\n"),
+        (12, b"12 size=600\n"), (38, b"20 mtime=1795280771\n18 path=again.jpg\n"), (12, b"12 mtime=1-2\n"),
+        (20, b"20 mtime=1795280771\n18 path=again.jpg\n"), (600, b"20 mtime=1795280771\n"),
+        (21, b"20 mtime=1795280771\n"), (10, b"20 mtime=1795280771\n"), (18, b"18 path=again.jpg\n"),
+    ],
+)  # fmt: skip
+def test_pax_headers_say_what_tarfile_reads_in_them(tmp_path, monkeypatch, size, records, kind):
+    data = make_tar([("a.jpg", b"1" * 700), ("b.jpg", b"2" * 700), ("c.jpg", b"3")], USTAR)
+    head = bytearray(data[:512])
+    head[124:136], head[156:157] = b"%011o\0" % size, kind
+    block = b"" if records is None else records.ljust(512, b"\0")
+    data = data[:1536] + bytes(with_checksum(head)) + block + data[1536:]
+    found = scan_tar(tmp_path, data)
+    assert found == scan_by_tarfile(tmp_path, monkeypatch, data) and found[0].data == b"1" * 700
+
+
+def scan_by_tarfile(tmp_path, monkeypatch, data):
+    """Without the headers that we read ourselves."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tars, "_plain_member", lambda file, at: None)
+        return scan_tar(tmp_path, data)
+
+
+@pytest.mark.parametrize("kind", [USTAR, GNU, "webdataset"])
+def test_plain_headers_are_read_without_tarfile(tmp_path, monkeypatch, kind):
+    data = make_tar([(f"{i}.jpg", b"1") for i in range(5)], kind) if kind != "webdataset" else None
+    data = data or odd_tar(np.random.default_rng(0), kind)
+    asked, ask = [], tars._ByTarfile.member
+    monkeypatch.setattr(tars._ByTarfile, "member", lambda self, at: asked.append(at) or ask(self, at))
+    records = scan_tar(tmp_path, data)
+    assert len(records) in (3, 5) and len(asked) == 1 and not data[asked[0] :].strip(b"\0")  # only for the end
+
+
 def test_tars_one_after_the_other_are_read_to_the_last(tmp_path):
     one = make_tar([("a.jpg", b"1"), ("b.jpg", b"2" * 700)], USTAR)
     two = make_tar([("a.jpg", b"3"), ("é" * 80 + ".jpg", b"4")], PAX)
@@ -788,6 +878,30 @@ def test_runs_of_row_groups_cover_every_row_once(tmp_path, seed):
     assert [unit.first for unit in units[1:]] == [unit.stop for unit in units[:-1]]
     other = Unit("tar", ("a.tar",))
     assert split_parquet(other, root, part_rows) == [other]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+@pytest.mark.parametrize("part_rows", [5, 100])
+def test_the_pieces_of_a_unit_have_its_records(tmp_path, part_rows, rows):
+    place = Location(str(tmp_path))
+    for i in range(7):
+        (place / f"a/{i}.jpg").write(b"%d" % i)
+    (place / "a/1.txt").write(b"one")
+    (place / "a/6.json").write(b'{"label": "six"}')
+    (place / "b.tar").write(make_tar([(f"{i}.jpg", b"t%d" % i) for i in range(3)]))
+    (place / "c.parquet").write(make_parquet([{"image": b"p%d" % i, "label": i} for i in range(7)], 2))
+    (place / "d.parquet").write(b"no")
+    listing = list_source(place)
+    n_pieces = {"files": 0, "tar": 0, "parquet": 0}
+    for whole in plan_units(listing, part_rows):
+        for unit in split_parquet(whole, place, part_rows):
+            pieces = cut_unit(unit, place, rows)
+            n_pieces[unit.kind] += len(pieces)
+            records = [record for piece in pieces for record in read_unit(place, piece, "image", "label")]
+            assert records == list(read_unit(place, unit, "image", "label"))
+            assert all(len(piece.names) <= rows for piece in pieces)
+    assert n_pieces["tar"] == 1 and (n_pieces["parquet"] == 5 if rows <= 2 else True)
+    assert n_pieces["files"] == sum(-(-n // rows) for n in ([5, 2] if part_rows == 5 else [7]))
 
 
 # reading again

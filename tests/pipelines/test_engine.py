@@ -15,7 +15,7 @@ from curation.selection import read_selection
 from curation.store import Location
 from pipelines.cli import main
 from pipelines.engine import plan_recipe, read_root, run_recipe
-from pipelines.errors import TaskError, UserError
+from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor
 from pipelines.recipe import parse_recipe
 from pipelines.stages.table import STAGES
@@ -185,7 +185,7 @@ def test_a_source_that_changed_underneath_stops_the_step(tiny, tmp_path):
     steps = run_recipe(recipe, root, LocalExecutor(recipe.resources))
     assert next(steps).name == "web"
     digit(1500).save(images / "web" / "0001.png")
-    with pytest.raises(TaskError, match=r"0001\.png must hold the image that the pool saw"):
+    with pytest.raises(UserError, match=r"0001\.png must hold the image that the pool saw"):
         list(steps)
 
 

@@ -20,6 +20,7 @@ from pipelines.engine import run_recipe
 from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor
 from pipelines.recipe import parse_recipe
+from pipelines.stages import pool as stage
 from pipelines.stages.table import STAGES
 from pipelines.why.story import tell_why
 
@@ -40,9 +41,9 @@ def tar_of(members):
     return out.getvalue()
 
 
-def parquet_of(rows, schema=None):
+def parquet_of(rows, schema=None, group=None):
     out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema), out)
+    pq.write_table(pa.Table.from_pylist(rows, schema), out, row_group_size=group)
     return out.getvalue()
 
 
@@ -98,6 +99,32 @@ def sources(tmp_path, on_s3):
     fill(here, {"p/a.parquet": parquet_of([{"image": jpeg(4), "caption": "c"}, {"image": jpeg(5), "caption": None}])})
     fill(here, {"l/u/0.jpg": jpeg(6), "l/u/1.jpg": jpeg(2), "l/u/2.jpg": jpeg(7), "l/all.txt": b"u/0.jpg\nu/1.jpg\n"})
     return [f"{here}/folder", f"{on_s3}/x.tar", f"{here}/p/*.parquet", f"{here}/l/all.txt"]
+
+
+@pytest.mark.parametrize("rows, many, n_tasks", [(1, 1024, 11 + 5 + 1), (2, 8, 6 + 5 + 1), (1, 7, 3 + 3 + 1)])
+def test_units_scanned_in_pieces_give_the_same_bytes(tmp_path, monkeypatch, rows, many, n_tasks):
+    """Folders and Parquet files are cut for the scan where units are few; copies are found across pieces."""
+    place = Location(str(tmp_path / "in"))
+    fill(place, {f"a/{i}.jpg": jpeg(i % 7) for i in range(10)} | {"a/bad.jpg": b"no", "a/3.txt": b"three"})
+    fill(place, {"b.parquet": parquet_of([{"image": jpeg(5 + i % 4)} for i in range(9)], group=2)})
+    fill(place, {"c.tar": tar_of([("c/x.jpg", jpeg(1)), ("c/y.jpg", jpeg(11))])})
+
+    def pool(name):
+        [result] = run_recipe(
+            parse_recipe({"steps": {"web": {**steps_of(str(place))["web"], "max_bad_fraction": 0.5}}}, STAGES),
+            Location(str(tmp_path / name)),
+            LocalExecutor(),
+        )
+        return Artifact(result.location)
+
+    whole = pool("whole")
+    scanned = []
+    monkeypatch.setattr(stage, "SCAN_ROWS", rows)
+    monkeypatch.setattr(stage, "MANY_UNITS", many)
+    monkeypatch.setattr(stage, "scan", lambda task, scan=stage.scan, **rest: scanned.append(task) or scan(task, **rest))
+    assert pool("pieces").digest == whole.digest
+    assert len(scanned) == n_tasks
+    assert whole.counts["exact_duplicate"] == 11 and whole.counts["bad"] == 1 and whole.counts["kept"] == 10
 
 
 def test_a_pool_of_several_sources_goes_all_the_way(sources, tmp_path):

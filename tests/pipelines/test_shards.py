@@ -14,7 +14,7 @@ from curation.artifact import Artifact, read_table
 from curation.shards import ShardsConfig
 from curation.store import Location
 from pipelines.engine import run_recipe
-from pipelines.errors import TaskError
+from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor
 from pipelines.recipe import parse_recipe
 from pipelines.stage import Output
@@ -92,7 +92,7 @@ def test_a_shard_with_an_image_that_has_changed_is_not_written(pool, tmp_path, m
     whole = tar.read_bytes()
     try:
         tar.write_bytes(whole[: row["offset"]] + b"\0" + whole[row["offset"] + 1 :])
-        with pytest.raises(TaskError, match=rf"{row['source']} must hold the image that the pool saw: its bytes have"):
+        with pytest.raises(UserError, match=rf"{row['source']} must hold the image that the pool saw: its bytes have"):
             write(pool, tmp_path)
     finally:
         tar.write_bytes(whole)
