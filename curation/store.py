@@ -1,8 +1,9 @@
 """Where bytes live: one small set of operations on a local path or on S3, chosen by the URI alone.
 
 Reading is by whole object or by range; writing is always a finished local file that gets its final name in one
-rename or one upload, so no reader ever sees a short object. ``boto3`` is used here and nowhere else; endpoint and
-credentials come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...).
+rename or one upload, so no reader ever sees a short object. Endpoint and credentials of S3 come from the environment
+(``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...). What fails there and may come right is asked again, see
+``curation.s3``; what does not come right is an OSError after that.
 """
 
 import hashlib
@@ -15,12 +16,15 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-S3_REQUESTS = 16  # of one process at a time
-READ_TRIES = 3  # of one range, when the connection breaks in the middle of it
+from curation import s3
+from curation.s3 import REQUESTS as S3_REQUESTS
+from curation.s3 import Conflict, client
+
+__all__ = ["S3_REQUESTS", "SIDE_PREFIX", "Below", "Conflict", "Entry", "Location", "RangeFile", "client", "file_sha256"]
+
 SIDE_PREFIX = ".side-"  # names of unfinished files: never listed, swept when a step starts
 
 
@@ -38,10 +42,6 @@ class Below(NamedTuple):
     files: list[Entry]  # finished files, sorted by name (by code point, the same on every system)
     lost: list[str]  # names that cannot be looked at: links that lead nowhere or round, folders that may not be read
     n_others: int  # links to folders (not followed: they may lead round, or anywhere), pipes, sockets, devices
-
-
-class Conflict(Exception):
-    """A conditional write found another object than it was to replace, or one where none was to be."""
 
 
 @dataclass(frozen=True)
@@ -105,25 +105,23 @@ class Location:
         """Whether there is a file or object of exactly this name (a local folder counts, an S3 prefix does not)."""
         if self.is_local:
             return self.path.exists()
-        return _head(self) is not None
+        return s3.head(self) is not None
 
     def is_folder(self) -> bool:
         """A local directory, or an S3 prefix with something below it."""
         if self.is_local:
             return self.path.is_dir()
-        with _as_on_disk(self):
-            found = client().list_objects_v2(Bucket=self.bucket, Prefix=_prefix(self), MaxKeys=1)
-        return bool(found.get("KeyCount"))
+        return s3.is_prefix(self, _prefix(self))
 
     def entry(self) -> Entry:
         """Size and stamp of this file or object. Raises FileNotFoundError."""
         if self.is_local:
             facts = self.path.stat()
             return Entry(self.name, facts.st_size, str(facts.st_mtime_ns))
-        head = _head(self)
-        if head is None:
+        found = s3.head(self)
+        if found is None:
             raise FileNotFoundError(f"no object {self.uri}")
-        return Entry(self.name, int(head["ContentLength"]), str(head["ETag"]).strip('"'))
+        return Entry(self.name, *found)
 
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
         """All bytes, or ``length`` bytes from ``offset``, fewer at the end. Raises FileNotFoundError."""
@@ -131,11 +129,7 @@ class Location:
             with self.path.open("rb") as file:
                 file.seek(offset)
                 return file.read() if length is None else file.read(length)
-        if length == 0:
-            return b""
-        end = "" if length is None else str(offset + length - 1)
-        with _as_on_disk(self):
-            return _get(self, {"Range": f"bytes={offset}-{end}"} if offset or length is not None else {})
+        return s3.read(self, offset, length)
 
     def list(self) -> list[Entry]:
         """Every finished file below, sorted by name (by code point, the same on every system)."""
@@ -144,7 +138,7 @@ class Location:
     def below(self) -> Below:
         """Every finished file below, and what is there and is none. What vanishes meanwhile is not there.
 
-        Raises PermissionError when this very folder may not be read.
+        Raises OSError when this very folder cannot be read.
         """
         found = self._walk() if self.is_local else Below(list(self._objects()), [], 0)
         finished = [e for e in found.files if not e.name.rpartition("/")[2].startswith(SIDE_PREFIX)]
@@ -162,7 +156,7 @@ class Location:
         def closed(error: OSError) -> None:
             if error.filename != root and not isinstance(error, FileNotFoundError):
                 lost.append(name_of(error.filename))
-            elif isinstance(error, PermissionError):
+            elif not isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise error
 
         # os.path: no Path objects for millions of names
@@ -183,11 +177,9 @@ class Location:
 
     def _objects(self) -> Iterator[Entry]:
         prefix = _prefix(self)
-        with _as_on_disk(self):
-            for page in client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
-                for item in page.get("Contents", []):
-                    if not item["Key"].endswith("/"):  # what some tools put there for a folder
-                        yield Entry(item["Key"][len(prefix) :], int(item["Size"]), item["ETag"].strip('"'))
+        for item in (item for page in s3.pages(self, prefix) for item in page):
+            if not item["Key"].endswith("/"):  # what some tools put there for a folder
+                yield Entry(item["Key"][len(prefix) :], int(item["Size"]), item["ETag"].strip('"'))
 
     def write(self, data: bytes) -> None:
         """Put ``data`` here, whole or not at all."""
@@ -195,7 +187,7 @@ class Location:
             side.write_bytes(data)
 
     def write_new(self, data: bytes) -> None:
-        """Put ``data`` here only if nothing is here yet. Raises ``Conflict``."""
+        """Put ``data`` here only if nothing is here yet. Raises ``Conflict``, but not because of this very write."""
         if self.is_local:
             with self.side_file(publish=False) as side:
                 side.write_bytes(data)
@@ -205,17 +197,14 @@ class Location:
                 except FileExistsError as e:
                     raise Conflict(self.uri) from e
             return
-        with _as_on_disk(self):
-            client().put_object(Bucket=self.bucket, Key=self.key, Body=data, IfNoneMatch="*")
+        s3.put_if(self, data, IfNoneMatch="*")
 
     def write_over(self, data: bytes, stamp: str) -> str:
         """Replace the object on S3 that has this stamp; returns the new one's.
 
         Raises ``Conflict`` when it has another, FileNotFoundError when it is gone. A disk has no such operation.
         """
-        with _as_on_disk(self):
-            done = client().put_object(Bucket=self.bucket, Key=self.key, Body=data, IfMatch=f'"{stamp}"')
-        return str(done["ETag"]).strip('"')
+        return s3.put_if(self, data, IfMatch=f'"{stamp}"')
 
     @contextmanager
     def side_file(self, publish: bool = True) -> Iterator[Path]:
@@ -237,8 +226,7 @@ class Location:
             _sync(side)
             side.replace(self.path)
         else:
-            with _as_on_disk(self):
-                client().upload_file(str(side), self.bucket, self.key)
+            s3.upload(self, side)
 
     @contextmanager
     def local_copy(self) -> Iterator[Path]:
@@ -248,8 +236,7 @@ class Location:
             return
         with tempfile.TemporaryDirectory(prefix="openlvd-") as folder:
             copy = Path(folder) / "copy"
-            with _as_on_disk(self):
-                client().download_file(self.bucket, self.key, str(copy))
+            s3.download(self, copy)
             yield copy
 
     def delete(self) -> None:
@@ -260,30 +247,20 @@ class Location:
             else:
                 self.path.unlink(missing_ok=True)
             return
-        with _as_on_disk(self):
-            if self.key:
-                client().delete_object(Bucket=self.bucket, Key=self.key)
-            pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=_prefix(self))
-            for page in pages:  # as many as one request deletes
-                if keys := [{"Key": item["Key"]} for item in page.get("Contents", [])]:
-                    done = client().delete_objects(Bucket=self.bucket, Delete={"Objects": keys, "Quiet": True})
-                    if refused := done.get("Errors"):
-                        raise OSError(f"S3 did not delete {len(refused)} objects below {self}, first {refused[0]}")
+        if self.key:
+            s3.delete_one(self)
+        for page in s3.pages(self, _prefix(self)):  # as many as one request deletes
+            s3.delete(self, [item["Key"] for item in page])
 
     def sweep(self) -> None:
         """Remove what a killed writer left unfinished below: files, or the pieces of an upload, which nobody sees but
         somebody pays for. To clear those takes a right of its own, and a store may not know them: then they stay."""
         if not self.is_local:
-            with suppress(OSError), _as_on_disk(self):
-                self._abort_uploads()
+            with suppress(OSError):
+                s3.abort_uploads(self, _prefix(self))
         elif self.path.is_dir():
             for side in self.path.rglob(f"{SIDE_PREFIX}*"):
                 side.unlink(missing_ok=True)
-
-    def _abort_uploads(self) -> None:
-        pages = client().get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=_prefix(self))
-        for upload in (upload for page in pages for upload in page.get("Uploads", [])):
-            client().abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
 class RangeFile(io.RawIOBase):
@@ -318,17 +295,6 @@ class RangeFile(io.RawIOBase):
         return data
 
 
-@lru_cache(maxsize=1)
-def client() -> Any:
-    """The S3 client of this process: retries with back-off, endpoint from the environment."""
-    import boto3
-    from botocore.config import Config
-
-    retries = {"max_attempts": 8, "mode": "standard"}
-    config = Config(retries=retries, connect_timeout=20, read_timeout=60, max_pool_connections=S3_REQUESTS)
-    return boto3.session.Session().client("s3", config=config)
-
-
 def file_sha256(path: Path) -> str:
     """The sha256 of a local file, in constant memory."""
     with path.open("rb") as file:
@@ -342,51 +308,3 @@ def _sync(side: Path) -> None:
 
 def _prefix(location: Location) -> str:
     return location.key + "/" if location.key else ""
-
-
-def _head(location: Location) -> Any:
-    if not location.key:
-        return None
-    try:
-        with _as_on_disk(location):
-            return client().head_object(Bucket=location.bucket, Key=location.key)
-    except FileNotFoundError:
-        return None
-
-
-def _get(location: Location, extra: dict[str, str]) -> bytes:
-    """One GET; the client asks again when an answer fails to come, and this when it breaks off."""
-    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
-
-    for attempt in range(READ_TRIES):
-        try:
-            body: bytes = client().get_object(Bucket=location.bucket, Key=location.key, **extra)["Body"].read()
-        except ClientError as e:
-            if e.response["ResponseMetadata"]["HTTPStatusCode"] == 416:  # a range that starts at or after the end
-                return b""
-            raise
-        except (HTTPClientError, IncompleteReadError):
-            if attempt == READ_TRIES - 1:
-                raise
-        else:
-            return body
-    raise AssertionError("the last attempt returns or raises")
-
-
-@contextmanager
-def _as_on_disk(location: Location) -> Iterator[None]:
-    """Turn what S3 answers into the errors that a disk gives, with the location in them."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except ClientError as e:
-        status = e.response["ResponseMetadata"]["HTTPStatusCode"]
-        if status == 404:
-            raise FileNotFoundError(f"no object {location.uri}: {e}") from e
-        if status in (409, 412):
-            raise Conflict(location.uri) from e
-        raise (PermissionError if status in (401, 403) else OSError)(f"S3 refused {location.uri}: {e}") from e
-    except (Boto3Error, BotoCoreError) as e:
-        raise OSError(f"S3 failed at {location.uri}: {e}") from e

@@ -75,18 +75,18 @@ def _s3_lock(root: Location, say: Callable[[str], None]) -> Iterator[None]:
     stop = threading.Event()
 
     def beat() -> None:
-        last = time.monotonic()
+        last, told = time.monotonic(), False
         while not stop.wait(BEAT_S):
             try:
                 held.renew()
-                last = time.monotonic()
+                last, told = time.monotonic(), False
             except (Conflict, FileNotFoundError):
                 say(f"another run took {root} over while this one gave no sign of life")
                 return
             except OSError as e:
-                if time.monotonic() - last > STALE_S:
-                    say(f"no sign of life could be written to {root} for {STALE_S} s: {e}")
-                    return
+                if not told and time.monotonic() - last > STALE_S:
+                    say(f"no sign of life could be written to {root} for {STALE_S:g} s: {e}")
+                    told = True  # a run that outlives this keeps its lock, if nobody has taken it
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

@@ -20,8 +20,8 @@ ALLOWED = {"curation": CURATION, "embedding": EMBEDDING, "training": TRAINING}  
 
 ONLY_IN = {  # beginnings of paths
     "numba": "curation/loops.py",
-    "boto3": "curation/store.py",
-    "botocore": "curation/store.py",
+    "boto3": "curation/s3.py",
+    "botocore": "curation/s3.py",
     "ray": "pipelines/ray_executor.py",
     "pydantic": "pipelines/",
     "duckdb": "pipelines/",
@@ -125,7 +125,7 @@ def test_exceptions_are_named(file):
         ("curation/x.py", "import torch", "torch is imported inside functions"),
         ("curation/x.py", "if True:\n    import faiss", "faiss is imported inside functions"),
         ("curation/kmeans.py", "def f():\n    import numba", "numba is used in curation/loops.py alone"),
-        ("pipelines/lock.py", "def f():\n    import boto3", "boto3 is used in curation/store.py alone"),
+        ("pipelines/lock.py", "def f():\n    import boto3", "boto3 is used in curation/s3.py alone"),
         ("pipelines/stage.py", "def f():\n    import ray", "ray is used in pipelines/ray_executor.py alone"),
         ("pipelines/x.py", "def f():\n    import pyspark", "pyspark is used in pipelines/crawl/spark.py alone"),
         ("training/x.py", "import pydantic", "pydantic is used in pipelines/ alone"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from curation import store
+from curation import s3, store
 from curation.store import SIDE_PREFIX, Conflict, Entry, Location, RangeFile, client, file_sha256
 
 NAMES = ["a.txt", "b/c d.txt", "b/[x](1) {y}*?.txt", "é/日本 🐟.jpg", "p#q%20&r=s+t.tar", "b/deep/er/x", "'quo\"te's;"]
@@ -253,6 +253,7 @@ def test_an_upload_that_breaks_off_vanishes(on_s3, monkeypatch):
         raise client().exceptions.ClientError({"Error": {}, "ResponseMetadata": {"HTTPStatusCode": 500}}, "UploadPart")
 
     monkeypatch.setattr(client(), "upload_part", broken)
+    monkeypatch.setattr(s3, "FIRST_WAIT_S", 0.001)
     with pytest.raises(OSError, match=f"S3 .* {on_s3.uri}/big"):
         (on_s3 / "big").write(b"x" * (9 << 20))
     assert sent and on_s3.list() == []
@@ -260,13 +261,7 @@ def test_an_upload_that_breaks_off_vanishes(on_s3, monkeypatch):
 
 
 def test_more_objects_than_one_page(on_s3, monkeypatch):
-    listing = client().get_paginator("list_objects_v2")
-
-    class Small:
-        def paginate(self, **kwargs):
-            return listing.paginate(**kwargs, PaginationConfig={"PageSize": 10})
-
-    monkeypatch.setattr(client(), "get_paginator", lambda _: Small())
+    monkeypatch.setattr(s3, "PAGE_KEYS", 10)
     for i in range(25):
         client().put_object(Bucket="bucket", Key=f"{on_s3.key}/{i:04d}", Body=b"")
     client().put_object(Bucket="bucket", Key=f"{on_s3.key}/folder/", Body=b"")
@@ -288,30 +283,6 @@ def test_what_s3_refuses_is_an_os_error_with_the_place(s3, monkeypatch):
     monkeypatch.setattr(client(), "get_object", refuse)
     with pytest.raises(PermissionError, match="S3 refused s3://bucket/x"):
         Location(f"{s3}/x").read()
-
-
-def test_a_read_that_breaks_off_is_tried_again(on_s3, monkeypatch):
-    from botocore.exceptions import IncompleteReadError
-
-    (on_s3 / "x").write(b"1234")
-    real, tries = client().get_object, []
-
-    class Broken:
-        def read(self):
-            raise IncompleteReadError(actual_bytes=1, expected_bytes=4)
-
-    def flaky(n_broken):
-        def get(**kwargs):
-            tries.append(1)
-            return {"Body": Broken()} if len(tries) <= n_broken else real(**kwargs)
-
-        return get
-
-    monkeypatch.setattr(client(), "get_object", flaky(2))
-    assert (on_s3 / "x").read() == b"1234" and len(tries) == 3
-    monkeypatch.setattr(client(), "get_object", flaky(99))
-    with pytest.raises(OSError, match=f"S3 failed at {on_s3.uri}/x"):
-        (on_s3 / "x").read()
 
 
 def test_objects_that_are_not_deleted_are_said(on_s3, monkeypatch):

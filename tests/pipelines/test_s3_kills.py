@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from tiny import answer
+from tiny import MARK, answer, living
 
 from curation.store import Location, client
 from pipelines import lock
@@ -25,9 +25,7 @@ from pipelines.recipe import Recipe
 N_KILLS = int(os.environ.get("OPENLVD_S3_KILLS", "20"))
 N_RAY_KILLS = int(os.environ.get("OPENLVD_S3_RAY_KILLS", "2"))
 BEAT_S, STALE_S = 0.1, 0.4  # of the lock, so that a restart does not wait for minutes
-MARK = "OPENLVD_TEST_DRIVER"  # in the environment of everything that a driver starts
 ORPHANS_S = 30  # a process whose driver is dead ends within
-AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")  # as the kernel cuts their names
 NOTES = ("run.json", "run.jsonl", ".lock")  # written again and again; the first two say what happened, not what is
 
 
@@ -193,23 +191,6 @@ def test_the_workers_of_a_killed_driver_change_nothing_and_end(tiny, new_root, o
     while left := living(marks):
         assert time.monotonic() < end, f"processes of dead drivers live on: {left}"
         time.sleep(0.1)
-
-
-def living(marks: list[str]) -> list[str]:
-    """The processes that drivers with these marks have started, and that have not ended.
-
-    But not Ray's two agents, which do none of our work: when their cluster died while it started, they look for it for
-    a minute before they end.
-    """
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environ, name = (folder / "environ").read_bytes(), (folder / "comm").read_text().strip()
-        except OSError:  # it has just ended, or is another user's
-            continue
-        if name not in AGENTS and any(f"{MARK}={mark}".encode() in environ.split(b"\0") for mark in marks):
-            found.append(f"{folder.name} {name}")
-    return found
 
 
 def upload_again_and_again(at: Location, size: int, env: dict[str, str], told: Any) -> None:
