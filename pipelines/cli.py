@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from curation.artifact import Artifact
 from curation.store import Location
 from pipelines.commands import PanelGroup, add_stage_commands, read_value
 from pipelines.crawl.command import add_crawl_commands
@@ -216,10 +217,14 @@ def show_results(results: Iterable[StepResult], as_json: bool) -> None:
 
 
 def show_result(result: StepResult, as_json: bool) -> None:
-    """The result of one step, and where it is."""
+    """The result of one step, what it says of itself, and where it is."""
     show_results([result], as_json)
-    if not as_json:
-        print(f"\n{result.location}")
+    if as_json or result.location is None:
+        return
+    artifact = Artifact(result.location)
+    if artifact.is_complete() and "verdict" in artifact.facts:
+        print(f"\n{artifact.facts['verdict']}")
+    print(f"\n{result.location}")
 
 
 add_crawl_commands(app, show_result)

@@ -33,7 +33,7 @@ class Curve(NamedTuple):
     """A line of a chart."""
 
     label: str
-    y: np.ndarray  # float (n,), against 0..n-1
+    y: np.ndarray  # float (n,), against 0..n-1 or against what a chart is given
     css: str
 
 
@@ -231,6 +231,30 @@ def binned(y: np.ndarray) -> list[tuple[float, float]]:
         finite = y[start:end][np.isfinite(y[start:end])]
         found.append(((start + end - 1) / 2, float(finite.mean()) if len(finite) else float("nan")))
     return found
+
+
+def share_chart(x: np.ndarray, curves: Sequence[Curve], mark: float | None, x_label: str, alt: str) -> Markup:
+    """Curves of shares, 0 to 1, against ascending ``x`` (n,), one or more, and a dashed upright line at ``mark``."""
+    low, high = float(x[0]), float(x[-1])
+    digits = 1 - int(np.floor(np.log10(high - low))) if high > low else 3
+
+    def across(value: float) -> float:
+        return x_of((value - low) / (high - low) if high > low else 0.5, 1)
+
+    parts = [y_axis(nice_ticks(1.0)), x_axis([f"{v:.{digits}f}" for v in (low, (low + high) / 2, high)], 2, x_label)]
+    if mark is not None:
+        at, anchor = across(mark), "end" if across(mark) > across((low + high) / 2) else "start"
+        parts.append(
+            Markup('<path class="level" d="M{0:.1f} {1}V{2}"/>').format(at, TOP, HEIGHT - BOTTOM)
+            + Markup('<text class="tick" x="{0:.1f}" y="{1:.1f}" text-anchor="{2}">{3}</text>').format(
+                at + (4 if anchor == "start" else -4), y_of(0, 1) - 5, anchor, f"{mark:.{digits + 1}f}"
+            )
+        )
+    for curve in curves:
+        points = zip(x.tolist(), curve.y.tolist(), strict=True)
+        line = " ".join(f"{across(v):.1f},{y_of(share, 1):.1f}" for v, share in points if np.isfinite(share))
+        parts.append(Markup('<polyline class="curve {0}" points="{1}"/>').format(curve.css, line))
+    return chart(parts, alt)
 
 
 def bar_chart(series: Sequence[tuple[str, Sequence[float]]], ticks: Sequence[str], x_label: str, alt: str) -> Markup:

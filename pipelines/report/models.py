@@ -62,7 +62,7 @@ def backbones(run: Run) -> list[dict[str, Any]]:
         if file.name.endswith("tensors")
     }
     found: dict[str, dict[str, Any]] = {}
-    for name, step in run.of("embed", "evaluate").items():
+    for name, step in run.of("embed", "evaluate", "calibrate").items():
         identity = step.facts["backbone"]
         weights = identity.get("weights") or ""
         key = f"{identity['name']} {weights} {identity.get('pooling')}"

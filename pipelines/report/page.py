@@ -16,13 +16,14 @@ from pipelines.report.pairs import duplicates, leaks
 from pipelines.report.rejected import rejected
 from pipelines.report.retrieval import mixes, retrievals
 from pipelines.report.run import Run, step_inputs
+from pipelines.report.thresholds import calibrations
 from pipelines.stage import HEAD_COUNTS
 
 KINDS = {
     "pool": "source", "union": "source", "select": "choice", "dedup": "choice", "decontaminate": "choice",
     "retrieve": "choice", "sample": "choice", "mix": "choice", "embed": "vectors", "neighbors": "vectors",
     "cluster": "vectors", "score": "vectors", "shards": "source", "train": "model", "evaluate": "model",
-    "report": "model",
+    "report": "model", "calibrate": "model",
 }  # fmt: skip
 CHOICES = (("mix",), ("sample",), ("retrieve",), ("decontaminate", "dedup", "select"))  # the last word comes first
 NOT_FINISHED = "not finished"
@@ -53,6 +54,7 @@ def build_page(run: Run) -> str:
         steps=step_table(run),
         unfinished=run.unfinished,
         rejected=rejected(run),
+        calibrations=calibrations(run),
         pairs=duplicates(run),
         leaks=leaks(run),
         retrievals=retrievals(run),
@@ -104,6 +106,8 @@ def outcome(step: Artifact) -> str:
     counts = step.counts
     if "accuracy" in step.facts:
         return f"{100 * step.facts['accuracy']:.1f} %"
+    if "suggested" in step.facts:
+        return f"from {step.facts['suggested']['threshold']:.4g} on" if step.facts["suggested"] else "no threshold"
     if step.stage == "train":
         return f"{step.manifest['config']['n_steps']:,} steps"
     rows, kept = counts.get("rows", 0), counts.get("kept", 0)

@@ -2,6 +2,7 @@
 
 from pipelines.stage import Stage
 from pipelines.stages import (
+    calibrate,
     cluster,
     decontaminate,
     dedup,
@@ -25,6 +26,7 @@ STAGES: dict[str, Stage] = {
     "union": union.STAGE,
     "select": select.STAGE,
     "embed": embed.STAGE,
+    "calibrate": calibrate.STAGE,
     "score": score.STAGE,
     "neighbors": neighbors.STAGE,
     "dedup": dedup.STAGE,

@@ -181,7 +181,7 @@ def tell_evaluate(run: Run, step: Artifact, image: Image) -> Iterator[Told]:
         yield Told("bank", f"votes with its label {label}", {"label": label}, [])
 
 
-NOTHING_TO_SAY = frozenset({"train", "report"})  # of one image
+NOTHING_TO_SAY = frozenset({"train", "calibrate", "report"})  # of one image
 TELL: dict[str, Tell] = {
     "pool": tell_pool,
     "union": tell_union,

@@ -76,6 +76,7 @@ def recipe(folder: Path) -> dict[str, Any]:
             "scored": {"stage": "score", "embeddings": "web_vec", "head": str(folder / "head.safetensors")},
             "liked": {"stage": "select", "pool": "web", "scores": ["scored"], "where": "score > 0.5 and width > 0"},
             "score": {"stage": "evaluate", "backbone": "pixels", "bank": "web", "queries": "exam"},
+            "fit": {"stage": "calibrate", "pool": "web", "selection": "usable", "backbone": "pixels", "n_images": 96},
             "page": {"stage": "report"},
         }
     }  # fmt: skip

@@ -253,7 +253,7 @@ def test_curves_accuracies_and_backbones_are_those_of_the_artifacts(tiny, html, 
     assert f"<b>{100 * tiny.artifact('score').facts['accuracy']:.1f} %</b>" in html
     digest = next(f.sha256 for f in tiny.artifact("first").files if f.name == "model.safetensors")
     rows = {row[1]: row for row in table_below(page, "backbone")}
-    assert rows["first"][2] == digest[:16] and rows["first"][4] == "web_vec, exam_vec, score"
+    assert rows["first"][2] == digest[:16] and rows["first"][4] == "web_vec, exam_vec, score, fit"
 
 
 def test_nothing_is_loaded_from_elsewhere_and_no_script_runs(html, page):
@@ -305,7 +305,8 @@ def small_page(folder, tmp_path, clusters=(3,), target=4, **config):
 def test_a_recipe_without_a_kind_of_step_has_no_such_section(tiny, html):
     steps = artifacts(tiny)
     bare = page_of({"exam": steps["exam"]})
-    for section in ("rejected", "duplicates", "leaks", "clusters", "classes", "training", "accuracy", "backbones"):
+    for section in ("rejected", "duplicates", "leaks", "clusters", "classes", "training", "accuracy", "backbones",
+                    "thresholds"):  # fmt: skip
         assert f'id="{section}"' in html
         assert f'id="{section}"' not in bare
     Page(bare)
@@ -314,7 +315,7 @@ def test_a_recipe_without_a_kind_of_step_has_no_such_section(tiny, html):
 def test_pictures_are_bounded_and_can_be_left_out(tiny, html):
     assert len(html) < MAX_BYTES
     few = Page(page_of(artifacts(tiny), n_pairs=1, n_images=2, n_clusters=3, n_rejected=1))
-    n_pair_sections = 1 + 3 + 2 + 2  # dedup, decontaminate, what components join, retrieve
+    n_pair_sections = 1 + 3 + 2 + 2 + 1  # dedup, decontaminate, what components join, retrieve, calibrate
     assert len(few.images()) <= 2 * 3 * n_pair_sections + 3 * 2 + 3
     none = Page(page_of(artifacts(tiny), n_pairs=0, n_images=0, n_clusters=0, n_rejected=0, n_classes=0))
     assert not none.images()
