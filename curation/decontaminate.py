@@ -102,14 +102,3 @@ def forest_of_pairs(pairs: Iterable[np.ndarray]) -> np.ndarray:
         if n_waiting >= FOLD_PAIRS:
             forest, waiting, n_waiting = spanning_forest([forest, *waiting]), [], 0
     return spanning_forest([forest, *waiting])
-
-
-def component_sizes(forest: np.ndarray, n_rows: int) -> tuple[int, int]:
-    """(components, rows of the largest) of a forest over rows [0, n_rows) and reference images from n_rows on.
-
-    forest: int64 (f, 2) as ``merge_forests`` gives it; every component has a row, so its root is one. Reference
-    images are not counted among the rows. (0, 0) without edges. Holds 24 bytes an edge.
-    """
-    n_components = len(np.unique(forest[:, 1]))
-    members = np.unique(forest[forest[:, 0] < n_rows, 1], return_counts=True)[1]
-    return n_components, int(members.max(initial=0)) + min(n_components, 1)

@@ -38,7 +38,7 @@ class DedupConfig:
 
 
 class Best(NamedTuple):
-    """The best row of each component seen so far."""
+    """The best row of each component."""
 
     component: np.ndarray  # int64 (m,), ascending, each once
     score: np.ndarray  # int64 (m,), higher is better
@@ -51,11 +51,6 @@ def best_rows(component: np.ndarray, score: np.ndarray, row_id: np.ndarray) -> B
     ordered = component[order]
     first = order[np.r_[True, ordered[1:] != ordered[:-1]]] if len(order) else order
     return Best(component[first], score[first], row_id[first])
-
-
-def merge_best(a: Best, b: Best) -> Best:
-    """The best of both, for ``executor.reduce``."""
-    return best_rows(*(np.concatenate([x, y]) for x, y in zip(a, b, strict=True)))
 
 
 class Dropped(NamedTuple):

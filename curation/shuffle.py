@@ -4,6 +4,8 @@ Layout, little endian: int64 n_destinations, int64 offsets (n_destinations + 1,)
 file a writer and one range read a (writer, reader) pair: never writers x readers objects.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from curation.store import Location
@@ -23,6 +25,23 @@ def write_shuffle(location: Location, records: np.ndarray, destination: np.ndarr
     ordered = records[np.argsort(destination, kind="stable")]
     head = np.array([n_destinations], "<i8").tobytes() + offsets.tobytes()
     location.write(head + ordered.tobytes())
+
+
+def write_groups(location: Location, groups: Iterable[np.ndarray], n_destinations: int) -> None:
+    """Write records that come grouped: group k, of any length, is for destination k. Holds one group at a time.
+
+    Raises ValueError unless there are ``n_destinations`` groups.
+    """
+    offsets = [0]
+    with location.side_file() as side, side.open("wb") as file:
+        file.seek(8 * (n_destinations + 2))
+        for group in groups:
+            file.write(group.tobytes())
+            offsets.append(offsets[-1] + len(group))
+        if len(offsets) != n_destinations + 1:
+            raise ValueError(f"every destination must have a group: got {len(offsets) - 1} for {n_destinations}")
+        file.seek(0)
+        file.write(np.array([n_destinations, *offsets], "<i8").tobytes())
 
 
 def read_shuffle(location: Location, dtype: np.dtype, destination: int) -> np.ndarray:

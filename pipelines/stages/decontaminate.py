@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, read_table
+from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, pool_of, read_table
 from curation.decontaminate import DecontaminateConfig
 from curation.execute import Executor
 from curation.selection import carried_count, write_selection
@@ -53,7 +53,7 @@ def run(config: DecontaminateConfig, inputs: Inputs, out: Output, executor: Exec
         out.make(partial(decide_part, job=job), parts, names, shared={"reference": base})
     else:
         parts, frontiers = reach(job, parts, base, out, executor)
-        also = measure(job, parts, frontiers, base, out, executor)
+        also = measure(job, parts, frontiers, base, int(pool_of(reference).starts[-1]), out, executor)
         out.make(partial(write_part, job=job), parts, names)
     counts = {"rows": 0, "kept": 0, "dropped": 0, "bad": 0, **add_counts(file.counts for file in out.files)}
     check_drop(config.max_drop_fraction, counts, out.artifact, sorted(file.name for file in out.files), also)

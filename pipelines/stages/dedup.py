@@ -8,36 +8,26 @@ import numpy as np
 import pyarrow as pa
 
 from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, pool_of, read_table
-from curation.components import merge_forests, part_forest
+from curation.components import distinct, spanning_forest
 from curation.dedup import (
-    Best,
     DedupConfig,
     Dropped,
-    best_rows,
     distance_scores,
     histogram_text,
-    merge_best,
     merge_dropped,
     near_earlier,
     strongest_edge,
 )
 from curation.embeddings import covered_rows
-from curation.execute import Executor, on_worker
+from curation.execute import Executor, Ref
 from curation.selection import write_selection
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.stage import Inputs, Output, Stage, Step, part_span
+from pipelines.stage import SCRATCH, Inputs, Output, Stage, Step, make_aside, part_span
+from pipelines.stages.connect import RowRange, Span, connect, part_ranges, raw_name, starts_of, write_pairs
+from pipelines.stages.elect import elect, representatives_of
 
-Touched = tuple[np.ndarray, np.ndarray]  # rows with an edge, ascending, and the smallest row of their component
-Span = tuple[int, int, int]  # part, position of its first row in the pool, rows
-
-
-class Components(NamedTuple):
-    """The rows that have an edge, and what became of them. int64 (m,) each, ascending by row."""
-
-    row_id: np.ndarray
-    component: np.ndarray  # the smallest row id in it
-    representative: np.ndarray  # the row that stays for it; by rule semdedup the nearest earlier one
+GROUP_EDGES = 1 << 22  # edges that become one spanning forest, unless one part has more: 100 bytes each while they do
 
 
 def check(name: str, config: DedupConfig, inputs: Mapping[str, Step]) -> None:
@@ -63,22 +53,30 @@ def run(config: DedupConfig, inputs: Inputs, out: Output, executor: Executor) ->
     embeddings, pool = near.input("embeddings"), pool_of(near)
     spans = part_span(pool)
     scores = Scores(config.keep, pool, embeddings, tree_for(config, inputs.get("hierarchy"), embeddings))
-    forest = executor.reduce(partial(forest_of_part, near=near), spans, merge_forests)
-    touched = on_worker(executor, members, {"forest": forest})
-    if config.rule == "component":
-        best = executor.reduce(partial(best_of_part, scores=scores), spans, merge_best, shared={"touched": touched})
-        components = on_worker(executor, join, {"touched": touched, "best": best})
-    else:
-        ranks = executor.reduce(partial(scores_of_part, scores=scores), spans, concatenate, shared={"touched": touched})
-        work = partial(dropped_of_part, near=near)
-        dropped = executor.reduce(work, spans, merge_dropped, shared={"touched": touched, "ranks": ranks})
-        components = on_worker(executor, join_dropped, {"touched": touched, "dropped": dropped})
     names = [[part_name(index)] for index, _, _ in spans]
-    write = partial(write_part, near=near, embeddings=embeddings, out=out.location)
-    out.make(write, spans, names, shared={"components": components})
+    job = Job(near, embeddings, out.location)
+    if config.rule == "component":
+        ranges = part_ranges(spans)
+        stay_by_component(job, scores, spans, ranges, executor)
+        out.make(partial(write_elected, job=job), spans, names, shared={"starts": starts_of(ranges)})
+    else:
+        dropped = drop_near_earlier(job, scores, spans, executor)
+        out.make(partial(write_not_dropped, job=job), spans, names, shared={"dropped": dropped})
     counts = add_counts(file.counts for file in out.files)
     check_drop(config.max_drop_fraction, counts, near, [part.name for part in near.parts])
     return counts
+
+
+class Job(NamedTuple):
+    """What tasks read, and where they write."""
+
+    near: Artifact
+    embeddings: Artifact
+    out: Location
+
+    def aside(self, folder: str) -> Location:
+        """A folder of scratch files."""
+        return self.out / SCRATCH / folder
 
 
 class Scores(NamedTuple):
@@ -101,33 +99,73 @@ def tree_for(config: DedupConfig, tree: Artifact | None, embeddings: Artifact) -
     return tree
 
 
-def forest_of_part(span: Span, near: Artifact) -> np.ndarray:
-    """The spanning forest of a part's edges, int64 (f, 2)."""
+def stay_by_component(
+    job: Job, scores: Scores, spans: Sequence[Span], ranges: Sequence[RowRange], executor: Executor
+) -> None:
+    """Leave the row that stays for every row in scratch: see ``elect``."""
+    forests, groups = job.aside("forests"), edge_groups(spans, [part.rows for part in job.near.parts])
+    names = [raw_name(i) for i in range(len(groups))]
+    make_aside(partial(forest_of_group, job=job), list(enumerate(groups)), names, forests, executor)
+    connect(job.aside("components"), [forests / name for name in names], ranges, executor)
+    elect(job.aside("components"), ranges, partial(scores_of_range, scores=scores), executor)
+
+
+def edge_groups(spans: Sequence[Span], n_edges: Sequence[int]) -> list[list[Span]]:
+    """Consecutive parts with at most GROUP_EDGES edges together, or one part: many parts have few edges each."""
+    groups: list[list[Span]] = []
+    size = 0
+    for span, n in zip(spans, n_edges, strict=True):
+        if not groups or size + n > GROUP_EDGES:
+            groups.append([])
+            size = 0
+        groups[-1].append(span)
+        size += n
+    return groups
+
+
+def forest_of_group(item: tuple[int, Sequence[Span]], job: Job) -> None:
+    """The spanning forest of the edges of some parts."""
+    number, spans = item
+    write_pairs(job.aside("forests") / raw_name(number), spanning_forest([edges_of_part(span, job) for span in spans]))
+
+
+def edges_of_part(span: Span, job: Job) -> np.ndarray:
+    """The edges that start in a part, int64 (m, 2)."""
     index, start, _ = span
-    edges = read_table(near.part(index), ["row", "near_row"])
-    return part_forest(np.stack([edges["row"].to_numpy() + np.int64(start), edges["near_row"].to_numpy()], axis=1))
+    edges = read_table(job.near.part(index), ["row", "near_row"])
+    return np.stack([edges["row"].to_numpy() + np.int64(start), edges["near_row"].to_numpy()], axis=1)
 
 
-def members(forest: np.ndarray) -> Touched:
-    """(row_id, component) of every row that has an edge, ascending: the roots stand for themselves."""
-    roots = np.unique(forest[:, 1])
-    row_id = np.concatenate([roots, forest[:, 0]])
-    component = np.concatenate([roots, forest[:, 1]])
-    order = np.argsort(row_id, kind="stable")
-    return row_id[order], component[order]
+def scores_of_range(rows: RowRange, row_ids: np.ndarray, scores: Scores) -> np.ndarray:
+    """int64 (n,): the scores of some rows of a range, ascending."""
+    at = np.searchsorted(row_ids, [rows.start, *(start + n for _, start, n in rows.spans)])
+    found = [score_rows(span, scores, row_ids[i:j]) for span, i, j in zip(rows.spans, at, at[1:], strict=False)]
+    return np.concatenate(found)
 
 
-def best_of_part(span: Span, scores: Scores, touched: Touched) -> Best:
-    """The best row of each component among a part's rows."""
-    row_id, component = touched
-    begin, end = np.searchsorted(row_id, [span[1], span[1] + span[2]])
-    return best_rows(component[begin:end], score_rows(span, scores, row_id[begin:end]), row_id[begin:end])
+def drop_near_earlier(job: Job, scores: Scores, spans: Sequence[Span], executor: Executor) -> Ref[Dropped]:
+    """What rule ``semdedup`` drops. On a worker: 8 bytes for each row with an edge and for its score, 20 for each that
+    is dropped."""
+    touched = executor.reduce(partial(touched_by_part, job=job), spans, distinct_of_both)
+    ranks = executor.reduce(partial(scores_of_part, scores=scores), spans, concatenate, shared={"touched": touched})
+    work = partial(dropped_of_part, job=job)
+    return executor.reduce(work, spans, merge_dropped, shared={"touched": touched, "ranks": ranks})
 
 
-def scores_of_part(span: Span, scores: Scores, touched: Touched) -> np.ndarray:
+def touched_by_part(span: Span, job: Job) -> np.ndarray:
+    """Rows at either end of a part's edges, int64, ascending, each once."""
+    return distinct(edges_of_part(span, job))
+
+
+def distinct_of_both(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The rows of two lists, for ``executor.reduce``."""
+    return distinct(np.concatenate([a, b]))
+
+
+def scores_of_part(span: Span, scores: Scores, touched: np.ndarray) -> np.ndarray:
     """The scores of a part's rows that have an edge, int64."""
-    begin, end = np.searchsorted(touched[0], [span[1], span[1] + span[2]])
-    return score_rows(span, scores, touched[0][begin:end])
+    begin, end = np.searchsorted(touched, [span[1], span[1] + span[2]])
+    return score_rows(span, scores, touched[begin:end])
 
 
 def score_rows(span: Span, scores: Scores, mine: np.ndarray) -> np.ndarray:
@@ -150,43 +188,37 @@ def concatenate(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.concatenate([a, b])
 
 
-def dropped_of_part(span: Span, near: Artifact, touched: Touched, ranks: np.ndarray) -> Dropped:
+def dropped_of_part(span: Span, job: Job, touched: np.ndarray, ranks: np.ndarray) -> Dropped:
     """The rows that a part's edges drop, of this part and of others."""
+    similarity = read_table(job.near.part(span[0]), ["similarity"])["similarity"].to_numpy()
+    return near_earlier(edges_of_part(span, job), similarity, touched, ranks)
+
+
+def write_elected(span: Span, job: Job, starts: np.ndarray) -> FileInfo:
+    """The decision on every row of a part that was embedded: one of every component stays."""
+    return write_part(span, job, representatives_of(span, job.aside("components"), starts))
+
+
+def write_not_dropped(span: Span, job: Job, dropped: Dropped) -> FileInfo:
+    """The decision on every row of a part that was embedded: a row stays, or the nearest earlier one is named."""
+    _, start, n_rows = span
+    representative = np.arange(start, start + n_rows)
+    begin, end = np.searchsorted(dropped.row_id, [start, start + n_rows])
+    representative[dropped.row_id[begin:end] - start] = dropped.near_row[begin:end]
+    return write_part(span, job, representative)
+
+
+def write_part(span: Span, job: Job, representative: np.ndarray) -> FileInfo:
+    """The decision on every row of a part that was embedded, from the row that stays for each row of it."""
     index, start, _ = span
-    edges = read_table(near.part(index))
-    pairs = np.stack([edges["row"].to_numpy() + np.int64(start), edges["near_row"].to_numpy()], axis=1)
-    return near_earlier(pairs, edges["similarity"].to_numpy(), touched[0], ranks)
-
-
-def join_dropped(touched: Touched, dropped: Dropped) -> Components:
-    """Every row with an edge beside itself, or beside the earlier row it is nearest to."""
-    row_id, component = touched
-    representative = row_id.copy()
-    representative[np.searchsorted(row_id, dropped.row_id)] = dropped.near_row
-    return Components(row_id, component, representative)
-
-
-def join(touched: Touched, best: Best) -> Components:
-    """Every row with an edge beside its representative."""
-    row_id, component = touched
-    return Components(row_id, component, best.row_id[np.searchsorted(best.component, component)])
-
-
-def write_part(span: Span, near: Artifact, embeddings: Artifact, out: Location, components: Components) -> FileInfo:
-    """The decision on every row of a part that was embedded."""
-    index, start, _ = span
-    rows = covered_rows(embeddings.part(index))
-    row_id = rows + np.int64(start)
-    representative = row_id.copy()
-    begin, end = np.searchsorted(components.row_id, [start, start + (int(rows[-1]) + 1 if len(rows) else 0)])
-    representative[np.searchsorted(rows, components.row_id[begin:end] - start)] = components.representative[begin:end]
-    edges = read_table(near.part(index))
+    rows = covered_rows(job.embeddings.part(index))
+    edges = read_table(job.near.part(index))
     near_row, similarity = nearest(rows, edges)
     return write_selection(
-        out / part_name(index),
+        job.out / part_name(index),
         rows,
-        representative == row_id,
-        representative=pa.array(representative),
+        representative[rows] == rows + np.int64(start),
+        representative=pa.array(representative[rows]),
         near_row=near_row,
         similarity=similarity,
     )

@@ -8,7 +8,8 @@ no list of neighbours is cut. What a hop leaves lies in scratch files, part by p
     hop-<h>/part-*       rows that hop h reached, from where, and their vectors where something is to search them
     sent/, arrived/      with ``neighbors``: every edge as its other end sees it, shuffled to the part of that end
     frontier-<h>/part-*  without: the vectors of hop h in files of one size
-    joined/              the spanning forest of what is dropped, and of the reference images it is near to
+    joined/              the spanning forests of what is dropped, and of the reference images it is near to
+    components/          those joined, and counted: see ``connect``
 """
 
 from bisect import bisect_right
@@ -21,11 +22,9 @@ import numpy as np
 import pyarrow as pa
 
 from curation.artifact import Artifact, Counts, FileInfo, by_name, part_name, pool_of, read_table, write_table
-from curation.components import merge_forests
 from curation.decontaminate import (
     EDGE,
     DecontaminateConfig,
-    component_sizes,
     edge_records,
     forest_of_pairs,
     is_among,
@@ -33,13 +32,14 @@ from curation.decontaminate import (
     strongest_from,
 )
 from curation.embeddings import EmbeddingsPart, covered_rows, embeddings_table, read_embeddings
-from curation.execute import Executor, on_worker
+from curation.execute import Executor
 from curation.neighbors import Neighbors
 from curation.selection import read_selection, rows_among
 from curation.shuffle import read_shuffle, write_shuffle
 from curation.store import Location
 from pipelines.rows import rows_covered
 from pipelines.stage import SCRATCH, Output, make_aside
+from pipelines.stages.connect import connect, count_components, even_ranges, raw_name, raw_names, write_pairs
 from pipelines.stages.neighbors import Base, nearest_in_base
 
 FRONTIER_ROWS = 65_536  # vectors of a frontier file, unless one part gives more
@@ -229,16 +229,6 @@ def read_hop(part: Part, job: Job, hop: int) -> tuple[np.ndarray, np.ndarray]:
     return read_embeddings(job.aside(hop_folder(hop), part_name(part.number)))
 
 
-def raw_name(index: int) -> str:
-    """``0000012`` for 12: a scratch file that is no table."""
-    return f"{index:07d}"
-
-
-def raw_names(parts: Sequence[Part]) -> list[str]:
-    """The names of the scratch files of parts."""
-    return [raw_name(part.number) for part in parts]
-
-
 def turn_edges(job: Job, parts: Sequence[Part], out: Output, executor: Executor) -> None:
     """Shuffle every edge to the part of its other end: a row in the list of another is its neighbour too."""
     starts = np.array([part.start for part in parts], np.int64)
@@ -304,18 +294,29 @@ def walk_part(part: Part, job: Job, hop: int, frontier: np.ndarray) -> FileInfo:
 
 
 def measure(
-    job: Job, parts: Sequence[Part], frontiers: Sequence[Base], reference: Base, out: Output, executor: Executor
+    job: Job,
+    parts: Sequence[Part],
+    frontiers: Sequence[Base],
+    reference: Base,
+    n_images: int,
+    out: Output,
+    executor: Executor,
 ) -> str:
-    """Count the dropped components, into the facts. Returns the words for a step that drops too much."""
+    """Count the dropped components, into the facts. Returns the words for a step that drops too much.
+
+    n_images: rows of the reference's pool.
+    """
     n_hops, sizes = len(out.facts["hops"]), (0, 0)
     touched = [part for part in parts if part.hops]
     if touched:
         n_rows = int(pool_of(job.embeddings).starts[-1])
         shared = {"frontiers": frontiers, "reference": reference}
         join = partial(join_part, job=job, n_rows=n_rows)
-        make_aside(join, touched, raw_names(touched), out.scratch("joined"), executor, shared)
-        forest = executor.reduce(partial(read_forest, job=job), touched, merge_forests)
-        sizes = on_worker(executor, partial(component_sizes, n_rows=n_rows), {"forest": forest}).get()
+        names = raw_names(touched)
+        make_aside(join, touched, names, out.scratch("joined"), executor, shared)
+        folder, ranges = out.scratch("components"), even_ranges(n_rows + n_images)
+        connect(folder, [out.scratch("joined") / name for name in names], ranges, executor)
+        sizes = count_components(folder, ranges, n_rows, executor)
     out.facts |= {"n_components": sizes[0], "largest_component": sizes[1]}
     return f", in {sizes[0]} components, the largest of {sizes[1]} rows, reached in {n_hops} hops"
 
@@ -326,7 +327,7 @@ def join_part(part: Part, job: Job, n_rows: int, frontiers: Sequence[Base], refe
     rows = rows_by_edges(part, job) if job.edges is not None else rows_by_search(part, job, frontiers)
     images = near_ids(part, job, 1, [(start + n_rows, vectors) for start, vectors in reference])
     forest = forest_of_pairs(chain(rows, images if 1 in part.hops else []))
-    job.aside("joined", raw_name(part.number)).write(forest.astype("<i8").tobytes())
+    write_pairs(job.aside("joined", raw_name(part.number)), forest)
 
 
 def rows_by_edges(part: Part, job: Job) -> Iterator[np.ndarray]:
@@ -354,8 +355,3 @@ def near_ids(part: Part, job: Job, hop: int, base: Base) -> Iterator[np.ndarray]
         near, y = vectors.read()
         for i, j in near_pairs(x, y, job.config.min_similarity):
             yield np.stack([rows[i] + np.int64(part.start), near[j] + np.int64(start)], axis=1)
-
-
-def read_forest(part: Part, job: Job) -> np.ndarray:
-    """int64 (f, 2): what ``join_part`` wrote."""
-    return np.frombuffer(job.aside("joined", raw_name(part.number)).read(), "<i8").reshape(-1, 2)

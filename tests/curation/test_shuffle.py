@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from curation.shuffle import read_shuffle, write_shuffle
+from curation.shuffle import read_shuffle, write_groups, write_shuffle
 
 RECORD = np.dtype([("key", "V3"), ("row", "<i4")])
 
@@ -36,3 +36,13 @@ def test_destinations_out_of_range_are_named(place, destination, words):
         read_shuffle(place / "x", np.dtype("i8"), 3)
     with pytest.raises(ValueError, match="every record must have a destination: got 2 and 1"):
         write_shuffle(place / "x", np.arange(2), np.array([0]), 3)
+
+
+def test_groups_make_the_same_file_as_records_with_destinations(place):
+    groups = [np.arange(n, dtype="<i8") for n in (2, 0, 3)]
+    write_groups(place / "x", iter(groups), 3)
+    write_shuffle(place / "y", np.concatenate(groups), np.repeat(np.arange(3), [2, 0, 3]), 3)
+    assert (place / "x").read() == (place / "y").read()
+    with pytest.raises(ValueError, match="every destination must have a group: got 3 for 4"):
+        write_groups(place / "z", iter(groups), 4)
+    assert not (place / "z").exists()

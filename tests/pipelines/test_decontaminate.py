@@ -21,7 +21,7 @@ from pipelines.engine import drop_scratch
 from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor
 from pipelines.stage import Output
-from pipelines.stages import decontaminate, hops, neighbors
+from pipelines.stages import connect, decontaminate, hops, neighbors
 
 WIDTH = 3  # few, so that random rows are near one another
 
@@ -154,6 +154,8 @@ def graph_of(root: Path, seed: int) -> Iterator[Any]:
 def test_hops_and_components_are_those_of_a_search_over_all_pairs(tmp_path, monkeypatch, seed, way):
     monkeypatch.setattr(hops, "FRONTIER_ROWS", 4)
     monkeypatch.setattr(hops, "EDGES_AT_ONCE", 5)
+    monkeypatch.setattr(connect, "RANGE_ROWS", 1 + 7 * seed)
+    monkeypatch.setattr(connect, "ONE_TASK_ROWS", 1000 * (seed % 4))
     web, exam, chosen, looked = graph_of(tmp_path, seed)
     lowest = 0.94 if seed % 3 else 0.985
     near = None if way == "searched" else edges_of(tmp_path, web, 3 if way == "few listed" else len(looked), 0.9)
