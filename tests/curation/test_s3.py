@@ -148,7 +148,7 @@ class Oracle:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_store_is_a_dictionary_when_a_fifth_of_the_answers_are_spoilt(on_s3, behind, monkeypatch, seed):
     monkeypatch.setattr(requests, "PAGE_KEYS", 3)
-    proxy, rng = behind(SHARE, seed), np.random.default_rng(seed)
+    proxy, rng = behind(SHARE, seed, timeout_s=1.0), np.random.default_rng(seed)
     oracle = Oracle(on_s3, rng)
     deeds = [oracle.write, oracle.write_new, oracle.write_over, oracle.read, oracle.read_range, oracle.copy]
     deeds += [oracle.look, oracle.list, oracle.delete, oracle.sweep]
@@ -220,7 +220,7 @@ DEEDS = [  # what is done, how many requests it takes, and what it leaves
 @pytest.mark.parametrize("deed, n_requests, left", DEEDS)
 def test_faults_at_any_request_change_nothing(on_s3, behind, deed, n_requests, left):
     """Two of a kind, so that the answer to the second try is lost too; but waiting takes time."""
-    proxy = behind(timeout_s=0.2)
+    proxy = behind(timeout_s=0.3)
     for kind, i in product(KINDS, range(n_requests)):
         at = on_s3 / f"{kind} {i}"
         (at / "x").write(DATA)
