@@ -1,5 +1,4 @@
-"""Which of near-duplicate images stays. Only rows that have an edge are held: 8 bytes each for the row, its component
-and its representative.
+"""Which of near-duplicate images stays. Only rows that have an edge are held.
 
 Rule ``component`` keeps one image of every connected component of the graph of similar pairs: DINOv2's
 self-deduplication (appendix A.3 of arXiv 2304.07193). Rule ``semdedup`` drops an image when it is near one that comes
