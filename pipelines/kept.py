@@ -28,7 +28,7 @@ from curation.sources import read_checked
 from curation.store import SIDE_PREFIX, Location, file_sha256
 from curation.tar_writer import EXTENSIONS
 from pipelines.fingerprint import content_id
-from pipelines.rows import by_part
+from pipelines.rows import by_part, unchanged_images
 
 MAX_PIECE, MAX_NAME = 255, 1024  # bytes of a file's own name, and of its path below the folder
 NAME_COLUMNS = ["source", "member", "offset", "key", "format"]
@@ -291,14 +291,15 @@ def write_part(index: int, folder: Folder, finished: bool, known: Known) -> Coun
     table = read_table(folder.pool.part(index)).take(pa.array(kept_rows(folder, index)[todo]))
     root, image_column = source_of_part(folder.pool, index)
     images = read_checked(root, table, image_column)
-    for i, row, data in zip(todo, table.select(NAME_COLUMNS).to_pylist(), images, strict=True):
-        path = targets[i][0]
-        assert path is not None
-        check_inside(path, folder.kept)
-        Location(str(path)).write(data)
-        if root.is_local and row["offset"] is None:  # a photo keeps its time
-            times = os.stat(file_at(root, row["source"]).path)  # noqa: PTH116
-            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with unchanged_images():
+        for i, row, data in zip(todo, table.select(NAME_COLUMNS).to_pylist(), images, strict=True):
+            path = targets[i][0]
+            assert path is not None
+            check_inside(path, folder.kept)
+            Location(str(path)).write(data)
+            if root.is_local and row["offset"] is None:  # a photo keeps its time
+                times = os.stat(file_at(root, row["source"]).path)  # noqa: PTH116
+                os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     return counts
 
 
