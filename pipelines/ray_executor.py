@@ -346,15 +346,19 @@ class _Pool:
                 n_next += 1
 
     def _fill(self, todo: deque[int], items: Sequence[Any], tries: list[int], n_next: int) -> None:
-        """Hand out items, the lowest first, at most two an actor and not far ahead of the next result."""
+        """Hand out items, the lowest first, at most two an actor and not far ahead of the next result.
+
+        Nothing goes behind an item that has lost a worker: a worker that dies takes the result before with it when that
+        is still on its way, and who is to blame on the last try must be certain.
+        """
         load = [0] * len(self.actors)
-        for _, actor in self.busy.values():
-            load[actor] += 1
+        for i, actor in self.busy.values():
+            load[actor] += 1 if tries[i] == 1 else 2
         while todo and min(load) < 2 and todo[0] < n_next + 2 * IN_FLIGHT * len(self.actors):
             actor, i = load.index(min(load)), todo.popleft()
             tries[i] += 1
             self.busy[self.actors[actor].do.remote(items[i])] = (i, actor)
-            load[actor] += 1
+            load[actor] += 1 if tries[i] == 1 else 2
 
     def _replace(self, actor: int, todo: deque[int], items: Sequence[Any], tries: list[int]) -> dict[int, Any]:
         """Start a new actor; what the old one held goes back, in order. Returns what it had done.
