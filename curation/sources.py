@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,6 +49,7 @@ COALESCE_BYTES = 1 << 26  # of one such request, unless one image is larger
 AHEAD_BYTES = 1 << 28  # asked for on S3 and not used yet
 _ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError, MemoryError)
 _DETAIL_CHARS = 200
+_CELLS_AT_A_TIME = 16
 
 T = TypeVar("T")
 
@@ -323,11 +325,9 @@ def _records_of(table: pa.Table, name: str, row: int, image_column: str, label_c
     others = [(field, _plain(column)) for field, column in zip(table.column_names, table.columns, strict=True)
               if field != image_column]  # fmt: skip
 
-    def record(i: int) -> Record:
+    def record(i: int, data: bytes | None) -> Record:
         values = {field: cells[i] for field, cells in others}
-        data, lost = images[i].as_py(), ""
-        if data is None:
-            lost = _why_not_downloaded(values)
+        lost = "" if data is not None else _why_not_downloaded(values)
         return Record(
             name,
             text_of(members[i]),
@@ -340,7 +340,13 @@ def _records_of(table: pa.Table, name: str, row: int, image_column: str, label_c
             reason=NOT_DOWNLOADED if lost else "",
         )
 
-    return map(record, range(table.num_rows))
+    return map(record, count(), _cells(images))
+
+
+def _cells(column: pa.ChunkedArray) -> Iterator[Any]:
+    """The cells as Python values, a few at a time: all images of a row group may be much, one by one is slow."""
+    for start in range(0, len(column), _CELLS_AT_A_TIME):
+        yield from column.slice(start, _CELLS_AT_A_TIME).to_pylist()
 
 
 def _why_not_downloaded(values: Mapping[str, Any]) -> str:

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import struct
 import subprocess
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import webdataset
-from common import arguments, interleaved, report
+from common import arguments, interleaved, most_mb, report
 from PIL import Image
 
 from curation.artifact import Artifact, read_table
@@ -122,7 +121,7 @@ def peak_of(*args: Any) -> float:
 
 def _peak_here(*args: Any) -> float:
     ours(*args)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
+    return most_mb(os.getpid())
 
 
 def by_tarfile(tars: Iterable[Path], selected: set[str]) -> Samples:

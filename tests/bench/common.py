@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -46,6 +47,13 @@ def peak_mb() -> float:
     """The most memory that this process or one of its ended children has had, in MB (10^6 bytes)."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return round(max(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024 / 1e6, 1)
+
+
+def most_mb(pid: int) -> float:
+    """The most memory that a process has had, in MB. Not ``getrusage``: a child's begins with its parent's."""
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert match, pid
+    return round(int(match[1]) * 1024 / 1e6, 1)
 
 
 def machine() -> str:
