@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from curation.artifact import Artifact, Counts, FileInfo, read_table, write_table
-from curation.store import Location
+from curation.store import Location, RangeFile
 
+NORM_ATOL = 1e-2  # of a stored unit vector: float16 rounds it by less than a thousandth
 BLOCK_ROWS = 4096  # rows meet a kernel in blocks cut at multiples of this: a constant, for the bits depend on it
 
 
@@ -59,10 +61,23 @@ def read_embeddings(location: Location) -> tuple[np.ndarray, np.ndarray]:
     return table["row"].to_numpy(), values.reshape(len(cells), shape["width"])
 
 
+def stored_form(location: Location) -> tuple[np.dtype, int]:
+    """dtype and width of the vectors of a part file, from its footer alone."""
+    schema = pq.read_schema(str(location.path) if location.is_local else RangeFile(location))
+    shape = json.loads(schema.metadata[b"embedding"])
+    return np.dtype(shape["dtype"]), int(shape["width"])
+
+
 def covered_rows(location: Location) -> np.ndarray:
     """int32 (n,): the rows of the pool's part that a row-aligned part file covers, without the rest of it."""
     rows: np.ndarray = read_table(location, ["row"])["row"].to_numpy()
     return rows
+
+
+def row_norms(x: np.ndarray) -> np.ndarray:
+    """float32 (n,): the norms of rows float32 (n, d), which a block of a part is divided by to have unit rows."""
+    norms: np.ndarray = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64)).astype(np.float32)
+    return norms
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,8 @@ class EmbeddingsPart:
     """A part as the kernels see it: float32 blocks, at most one part in memory at a time.
 
     With ``unit`` every row is scaled to norm 1 in float32, which takes back the rounding to float16, so a cosine
-    is a cosine. ``first`` is the position of the first covered row among all covered rows of the artifact.
+    is a cosine; zeros, NaN and vectors of another length raise ValueError with the file and the row. ``first`` is the
+    position of the first covered row among all covered rows of the artifact.
     """
 
     location: Location
@@ -82,19 +98,25 @@ class EmbeddingsPart:
         """float32 (<= BLOCK_ROWS, d), cut at fixed offsets of the part."""
         x = read_embeddings(self.location)[1]
         for start in range(0, len(x), BLOCK_ROWS):
-            yield self._scaled(x[start : start + BLOCK_ROWS])
+            yield self._scaled(x[start : start + BLOCK_ROWS], start)
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """``rows`` int32 (n,) within the pool's part and ``x`` float32 (n, d), all of it."""
         rows, x = read_embeddings(self.location)
-        blocks = [self._scaled(x[start : start + BLOCK_ROWS]) for start in range(0, len(x), BLOCK_ROWS)]
+        blocks = [self._scaled(x[start : start + BLOCK_ROWS], start) for start in range(0, len(x), BLOCK_ROWS)]
         return rows, np.concatenate(blocks) if blocks else x.astype(np.float32)
 
-    def _scaled(self, x: np.ndarray) -> np.ndarray:
+    def _scaled(self, x: np.ndarray, start: int) -> np.ndarray:
         x = x.astype(np.float32)
         if not self.unit:
             return x
-        scaled: np.ndarray = x / np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64)).astype(np.float32)[:, None]
+        norms = row_norms(x)
+        bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_ATOL))  # not <=, so that NaN is bad too
+        if len(bad):
+            raise ValueError(
+                f"{self.location} must hold unit vectors: row {start + bad[0]} of it has norm {norms[bad[0]]:.4g}"
+            )
+        scaled: np.ndarray = x / norms[:, None]
         return scaled
 
 

@@ -31,10 +31,13 @@ class Executor(Protocol):
     ``shared`` values are keyword arguments of every call, stored once and read once a node; a value may be a
     ``Ref``. Functions and items must be picklable: module-level functions and ``functools.partial`` of them.
     A call that fails for good raises here, with the item and the reason.
+
+    gpus: of each call, and a share of one may do. Such calls are made by the workers of ``map_workers``, which have the
+    GPUs, so none must be under way while others begin.
     """
 
     def map(
-        self, fn: Callable[..., Result], items: Sequence[Item], shared: Mapping[str, Any] | None = None
+        self, fn: Callable[..., Result], items: Sequence[Item], shared: Mapping[str, Any] | None = None, gpus: float = 0
     ) -> Iterator[Result]:
         """``fn(item, **shared)`` for every item."""
         ...
@@ -52,11 +55,13 @@ class Executor(Protocol):
         merge: Callable[[Result, Result], Result],
         shared: Mapping[str, Any] | None = None,
         fan_in: int = 16,
+        gpus: float = 0,
     ) -> Ref[Result]:
         """``fn(item, **shared)`` of every item (at least one), merged on the workers.
 
         The tree is fixed by item index: ``fan_in`` neighbours are folded from the left, level by level, so the
-        bits of a float sum depend neither on the number of workers nor on who was first.
+        bits of a float sum depend neither on the number of workers nor on who was first. With gpus the results come
+        here one after the other and are merged here, so they must be small.
         """
         ...
 
@@ -76,7 +81,7 @@ class SerialExecutor:
     """Everything in this process, one item after the other."""
 
     def map(
-        self, fn: Callable[..., Result], items: Sequence[Item], shared: Mapping[str, Any] | None = None
+        self, fn: Callable[..., Result], items: Sequence[Item], shared: Mapping[str, Any] | None = None, gpus: float = 0
     ) -> Iterator[Result]:
         """``fn(item, **shared)`` for every item, lazily."""
         kwargs = local_values(shared)
@@ -99,11 +104,12 @@ class SerialExecutor:
         merge: Callable[[Result, Result], Result],
         shared: Mapping[str, Any] | None = None,
         fan_in: int = 16,
+        gpus: float = 0,
     ) -> Here[Result]:
         """Folded over the same tree as on a cluster; holds at most ``fan_in`` results a tree level."""
         if not items:
             raise ValueError("reduce needs at least one item: got none")
-        return Here(fold_tree(self.map(fn, items, shared), merge, fan_in))
+        return Here(fold_tree(self.map(fn, items, shared, gpus), merge, fan_in))
 
 
 def local_values(shared: Mapping[str, Any] | None) -> dict[str, Any]:

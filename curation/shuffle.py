@@ -5,6 +5,7 @@ file a writer and one range read a (writer, reader) pair: never writers x reader
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,12 +45,29 @@ def write_groups(location: Location, groups: Iterable[np.ndarray], n_destination
         file.write(np.array([n_destinations, *offsets], "<i8").tobytes())
 
 
+class Bounds(NamedTuple):
+    """Where the records of some consecutive destinations are in a file."""
+
+    head: int  # bytes before the first record
+    at: np.ndarray  # int64 (n + 1,), in records: those of the k-th of them are [at[k], at[k + 1])
+
+
 def read_shuffle(location: Location, dtype: np.dtype, destination: int) -> np.ndarray:
     """The records for one destination, in the order they were written. Raises ValueError for one out of range."""
+    bounds = read_bounds(location, destination, destination + 1)
+    return read_range(location, dtype, bounds.head, *bounds.at.tolist())
+
+
+def read_bounds(location: Location, first: int, last: int) -> Bounds:
+    """Where the records of destinations [first, last) are. Raises ValueError for some out of range, or for none."""
     n_destinations = int(np.frombuffer(location.read(0, 8), "<i8")[0])
-    if not 0 <= destination < n_destinations:
-        raise ValueError(f"{location} must have destination {destination}: it has {n_destinations}")
-    begin, end = np.frombuffer(location.read(8 + 8 * destination, 16), "<i8")
-    head = 8 + 8 * (n_destinations + 1)
-    data = location.read(head + int(begin) * dtype.itemsize, int(end - begin) * dtype.itemsize)
-    return np.frombuffer(data, dtype)
+    if not 0 <= first < last <= n_destinations:
+        which = f"destination {first}" if last == first + 1 else f"destinations {first} to {last - 1}"
+        raise ValueError(f"{location} must have {which}: it has {n_destinations}")
+    at = np.frombuffer(location.read(8 + 8 * first, 8 * (last - first + 1)), "<i8")
+    return Bounds(8 + 8 * (n_destinations + 1), at)
+
+
+def read_range(location: Location, dtype: np.dtype, head: int, begin: int, end: int) -> np.ndarray:
+    """The records [begin, end) of a file, whosever they are."""
+    return np.frombuffer(location.read(head + begin * dtype.itemsize, (end - begin) * dtype.itemsize), dtype)

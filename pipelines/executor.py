@@ -31,7 +31,7 @@ class Resources:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     workers: int = 0  # tasks at a time; 0: one for every core
-    gpus: float = 0.0  # of one worker with a model
+    gpus: float = 0.0  # of one worker with a model, and of one that looks for neighbours
     loader_workers: int = 1  # processes that decode and crop for the trainer; of a worker of embed those that decode
     # ahead, up to two as threads; 0: none, all in turn
     batch: int = 256  # images a forward of embed on a GPU; on a CPU it is fixed, for the sake of the same bytes
@@ -62,10 +62,10 @@ class LocalExecutor(SerialExecutor):
         one_math_thread()
 
     def map(
-        self, fn: Callable[..., Result], items: Sequence[Item], shared: Mapping[str, Any] | None = None
+        self, fn: Callable[..., Result], items: Sequence[Item], shared: Mapping[str, Any] | None = None, gpus: float = 0
     ) -> Iterator[Result]:
         """As the contract says, with progress, and the item named when it fails."""
-        yield from counted(named_failures(super().map(fn, items, shared), items), len(items), self.progress)
+        yield from counted(named_failures(super().map(fn, items, shared, gpus), items), len(items), self.progress)
 
     def map_workers(
         self, make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], gpus: float = 0

@@ -11,9 +11,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Generic, TypeVar
 
-from curation.execute import Ref, fold
+from curation.execute import Ref, fold, fold_tree
 from pipelines.errors import TaskError, UserError
 from pipelines.executor import WORK_ERRORS, Progress, Resources, quiet, short, task_error
 from pipelines.numerics import numerics_hash, one_math_thread
@@ -88,6 +89,11 @@ def _call(fn: Callable[..., Any], item: Any, setup: tuple[str, bool], names: tup
         raise task_error(item, e) from e  # here, where the item is known
 
 
+def _with_shared(fn: Callable[..., Any], refs: Mapping[str, RemoteRef[Any]]) -> Callable[[Any], Any]:
+    """What a worker does with an item: ``fn(item, **shared)``, shared values read once."""
+    return partial(fn, **{name: ref.get() for name, ref in refs.items()})
+
+
 def _merge(merge: Callable[[Any, Any], Any], *results: Any) -> tuple[None, Any]:
     """One node of a reduction: nothing, which can be asked for without moving the value, and the value."""
     return None, fold(results, merge)
@@ -157,10 +163,14 @@ class RayExecutor:
         return tuple(shared or {}), values
 
     def map(
-        self, fn: Callable[..., Result], items: Sequence[Item], shared: Mapping[str, Any] | None = None
+        self, fn: Callable[..., Result], items: Sequence[Item], shared: Mapping[str, Any] | None = None, gpus: float = 0
     ) -> Iterator[Result]:
         """As the contract says: a bounded number of tasks at a time."""
         names, values = self._shared(shared)
+        if gpus:
+            refs = {name: RemoteRef[Any](value) for name, value in zip(names, values, strict=True)}
+            yield from self.map_workers(partial(_with_shared, fn, refs), items, gpus)
+            return
         waiting: deque[tuple[Item, Any]] = deque()
         done = 0
         try:
@@ -219,10 +229,15 @@ class RayExecutor:
         merge: Callable[[Result, Result], Result],
         shared: Mapping[str, Any] | None = None,
         fan_in: int = 16,
+        gpus: float = 0,
     ) -> Ref[Result]:
         """As the contract says: the leaves of a few groups at a time, so partial sums do not fill the store."""
+        import ray
+
         if not items:
             raise ValueError("reduce needs at least one item: got none")
+        if gpus:
+            return RemoteRef(ray.put(fold_tree(self.map(fn, items, shared, gpus), merge, fan_in)))
         names, values = self._shared(shared)
         folded: list[Any] = []
         running: deque[tuple[int, Any]] = deque()  # leaves done when a group is, and what tells it

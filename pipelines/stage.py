@@ -96,14 +96,15 @@ class Output:
         items: Sequence[Item],
         names: Sequence[Sequence[str]],
         shared: Mapping[str, Any] | None = None,
+        gpus: float = 0,
     ) -> None:
         """Have every item's files made, except those that an interrupted run left whole.
 
         ``work(item, **shared)`` writes the files ``names[i]``, the last of them last, and returns their ``FileInfo``,
-        one or several.
+        one or several, or a ``Timed``. gpus: of each call.
         """
         todo = self._missing(items, names)
-        self._add(self._executor.map(work, todo, shared))
+        self._add(self._executor.map(work, todo, shared, gpus))
 
     def make_by_workers(
         self,
@@ -171,13 +172,15 @@ def make_aside(
     folder: Location,
     executor: Executor,
     shared: Mapping[str, Any] | None = None,
+    gpus: float = 0,
 ) -> None:
     """Have every item's scratch file made, unless it is whole; what is there is not read, it may be large.
 
-    ``work(item, **shared)`` writes the file ``names[i]`` of ``folder``.
+    ``work(item, **shared)`` writes the file ``names[i]`` of ``folder``. gpus: of each call.
     """
     there = {entry.name for entry in folder.list()} if folder.is_folder() else set()
-    for _ in executor.map(work, [item for item, name in zip(items, names, strict=True) if name not in there], shared):
+    todo = [item for item, name in zip(items, names, strict=True) if name not in there]
+    for _ in executor.map(work, todo, shared, gpus):
         pass
 
 

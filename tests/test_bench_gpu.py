@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 SCRIPT = Path(__file__).parent / "bench" / "bench_gpu.py"
 BLOCKED = (
@@ -16,27 +17,42 @@ ALONE = """
     sys.path[:] = [place for place in sys.path if "editable" not in place and place != {root!r}]
     sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
     sys.modules.update(dict.fromkeys({blocked}))
-    sys.argv = [{script!r}, "--tiny", "--rows", "24", "--json", {out!r}]
+    sys.argv = [{script!r}, "--tiny", *{given}, "--json", {out!r}]
     sys.path.insert(0, {folder!r})
     runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-def test_it_runs_with_torch_pillow_and_numpy_alone(tmp_path):
-    out = tmp_path / "rows.json"
-    code = textwrap.dedent(ALONE).format(
-        root=str(SCRIPT.parents[2]), blocked=BLOCKED, script=str(SCRIPT), out=str(out), folder=str(SCRIPT.parent)
-    )
+def run_alone(folder: Path, *given: str) -> list[dict[str, Any]]:
+    """The rows of a run with torch, Pillow and numpy alone."""
+    out = folder / "rows.json"
+    place = {"root": str(SCRIPT.parents[2]), "script": str(SCRIPT), "folder": str(SCRIPT.parent), "out": str(out)}
+    code = textwrap.dedent(ALONE).format(blocked=BLOCKED, given=given, **place)
     done = subprocess.run(
-        [sys.executable, "-c", code], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", code], check=False, cwd=folder, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
-    rows = json.loads(out.read_text())
+    rows: list[dict[str, Any]] = json.loads(out.read_text())
+    assert all(row["ours"] > 0 and row["device"] == "cpu" and row["machine"] for row in rows)
+    assert not any("aim" in row for row in rows)  # those are for a GPU
+    return rows
+
+
+def test_embedding_runs_with_torch_pillow_and_numpy_alone(tmp_path):
+    rows = run_alone(tmp_path, "--rows", "24")
     cases = ["matmul", *["forward"] * 2, *["parity"] * 2, *["decode"] * 2, "end-to-end", "end-to-end-rate"]
     assert [row["case"] for row in rows] == cases
-    assert all(row["ours"] > 0 and row["device"] == "cpu" and row["machine"] for row in rows)
     assert {row["precision"]: row["equal"] for row in rows if row["case"] == "parity"} == {
         "float32": True, "bfloat16": True
     }  # fmt: skip
     assert all(0 <= row["waiting"] <= 1 and row["rows"] == 24 for row in rows if "waiting" in row)
-    assert not any("aim" in row for row in rows)  # those are for a GPU
+
+
+def test_the_search_for_neighbours_runs_with_torch_and_numpy_alone(tmp_path):
+    rows = {row["case"]: row for row in run_alone(tmp_path, "--part", "neighbors", "--rows", "4000")}
+    assert list(rows) == ["matmul", "tile", "join", "exact"]
+    join, exact = rows["join"], rows["exact"]
+    assert join["equal"] and join["rows"] == 4000 and join["cells_scanned"] == join["nlist"] == 64
+    assert join["recall"] > 0.97 and 2 * 1000 * 0.97 < join["edges"] < join["candidates"]
+    assert join["pairs"] < 4000**2
+    assert exact["equal"] and exact["faiss"].startswith("ModuleNotFoundError: import of faiss halted")

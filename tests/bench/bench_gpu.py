@@ -1,6 +1,7 @@
-"""Embedding on one NVIDIA GPU: what the GPU, the network and the decoders do each alone, and all of it together.
+"""Embedding, or the search for neighbours, on one NVIDIA GPU: what each piece does alone, and all of it together.
 
-Needs torch, Pillow and numpy alone, and no installed package: run it from anywhere in a copy of the repository. Cases:
+Needs torch, Pillow and numpy alone, and no installed package: run it from anywhere in a copy of the repository. Cases
+of ``--part embed``:
 
     matmul      bfloat16 products of square matrices, the best of several sides: the peak that shares refer to
     forward     ViT-L/16 at 224 pixels, random weights, as ``embed`` runs it (bytes in pinned memory in, rows out), for
@@ -15,10 +16,20 @@ Needs torch, Pillow and numpy alone, and no installed package: run it from anywh
                 share of the time in which the GPU had no batch
     oom         a batch that does not fit says so, and the next one works
 
-    python tests/bench/bench_gpu.py [--tiny] [--data FOLDER] [--rows N] [--seed S] [--json FILE]
+and of ``--part neighbors`` (``gpu_neighbors``):
 
---tiny: a small ViT and few images on the CPU, to see that it runs. --data: a folder of JPEGs; without it pictures with
-the spectrum of photographs are made. --json is written after every case. Ends within 9 minutes.
+    matmul      as above
+    tile        two tiles of signatures compared, beside their int8 products alone; ``of_peak`` is the share of the peak
+    join        10 million rows of width 768, half of them in planted pairs: quantizer, cells, signatures, scan of all
+                cells, exact similarities. ``ours`` counts edges/s from vectors to edges; ``ratio`` is the share of the
+                peak that products of signatures make up while cells are scanned; ``recall`` is that of planted pairs;
+                ``equal``: a cell finds what the definition says
+    exact       4,096 queries in a million rows by the torch kernel, beside FAISS on the GPU; ``faiss`` says why not
+
+    python tests/bench/bench_gpu.py [--part PART] [--tiny] [--data FOLDER] [--rows N] [--seed S] [--json FILE]
+
+--tiny: small, on the CPU, to see that it runs. --data: a folder of JPEGs; without it pictures with the spectrum of
+photographs are made. --json is written after every case. A part ends within 9 minutes.
 """
 
 import argparse
@@ -40,13 +51,15 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import gpu_neighbors
 import numpy as np
 import torch
 from bench_decode import photographs
 from common import arguments, machine, peak_mb, report
 
+from curation.scan_torch import TILE_ROWS
 from embedding.embed import Prepare, Waited, embed_stream, preparation
-from embedding.flops import matmul_rate
+from embedding.flops import matmul_rate, seconds
 from embedding.isolate import Processes
 from embedding.network import Backbone, Running, too_large, vit_backbone
 from embedding.preprocess import Preprocess
@@ -103,6 +116,7 @@ class Bench:
         self.decode_rate = 0.0
         self.missed: list[str] = []
         self.name = torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
+        self.size = gpu_neighbors.FULL if plan.device == "cuda" else gpu_neighbors.TINY
 
     def add(self, case: str, aim: float | None = None, aimed: str = "ratio", **fields: Any) -> None:
         """Keep a row; aim: what ``aimed`` must be at least, on a GPU."""
@@ -240,9 +254,27 @@ class Bench:
         self.add("oom", ours=sentence, peer_name="none", unit="what is said", rows=4096,
                  equal=told and after.shape == (4, backbone.width))  # fmt: skip
 
-    def run(self) -> None:
-        """All cases. One that fails is told, and the others go on: time on such a machine is dear."""
-        for case in (self.matmul, self.forward, self.parity, self.decode, self.end_to_end, self.oom):
+    def tile(self) -> None:
+        """Two tiles of a cell."""
+        side = TILE_ROWS if self.plan.device == "cuda" else 256
+        self.add("tile", **gpu_neighbors.tile(self.plan.device, self.seed, self.peak, side, seconds))
+
+    def join(self) -> None:
+        """Vectors to edges."""
+        found = gpu_neighbors.join(self.size, self.plan.device, self.seed, self.peak)
+        self.add("join", gpu_neighbors.LEAST_RECALL, "recall", **found)
+
+    def exact(self) -> None:
+        """The exact search."""
+        self.add("exact", **gpu_neighbors.exact(self.size, self.plan.device, self.seed, seconds))
+
+    def run(self, part: str) -> None:
+        """All cases of a part. One that fails is told, and the others go on: time on such a machine is dear."""
+        parts: dict[str, list[Callable[[], None]]] = {
+            "embed": [self.matmul, self.forward, self.parity, self.decode, self.end_to_end, self.oom],
+            "neighbors": [self.matmul, self.tile, self.join, self.exact],
+        }
+        for case in parts[part]:
             start = time.perf_counter()
             try:
                 case()
@@ -363,6 +395,12 @@ def main(args: argparse.Namespace) -> int:
     """Run all cases and report. Returns 1 when an aim or a floor is missed."""
     torch.set_num_threads(1)
     plan = (tiny_plan if args.tiny else full_plan)(args.rows)
+    files: list[bytes] = []
+    if args.part == "neighbors":
+        bench = Bench(plan, files, args.seed, args.json)
+        bench.size = bench.size._replace(rows=args.rows or bench.size.rows)
+        bench.run(args.part)
+        return report(bench.rows, args, bench.missed)
     if args.data:
         paths = sorted(path for path in args.data.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
         files = [path.read_bytes() for path in paths[: plan.photographs]]
@@ -370,7 +408,7 @@ def main(args: argparse.Namespace) -> int:
         files = made_photographs(plan.photographs, args.seed)  # before the GPU is used: processes are forked
     print(f"{len(files)} JPEGs of {np.mean([len(data) for data in files]):,.0f} bytes on average", file=sys.stderr)
     bench = Bench(plan, files, args.seed, args.json)
-    bench.run()
+    bench.run(args.part)
     return report(bench.rows, args, bench.missed)
 
 
@@ -378,4 +416,5 @@ if __name__ == "__main__":
     parser = arguments(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--tiny", action="store_true", help="small, on the CPU")
+    parser.add_argument("--part", choices=("embed", "neighbors"), default="embed")
     sys.exit(main(parser.parse_args()))

@@ -33,7 +33,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
 from multiprocessing.pool import Pool
@@ -44,7 +44,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset
-from common import arguments, interleaved, most_mb, report
+from common import arguments, interleaved, most_mb, ray_workers, report
 from PIL import Image
 
 from curation.artifact import Artifact, read_table
@@ -201,7 +201,7 @@ def _memory_here(source: Path, root: Path) -> dict[str, float]:
     try:
         started_on(executor)
         seconds = seconds_of(partial(ours, source, root, executor))
-        workers = [most_mb(pid) for pid in below(os.getpid()) if is_worker(pid)]
+        workers = [most_mb(pid) for pid in ray_workers()]
         return {"driver_mb": most_mb(os.getpid()), "worker_mb": max(workers), "seconds": seconds}
     finally:
         executor.close()
@@ -214,18 +214,6 @@ def started_on(executor: RayExecutor) -> None:
     for fn, item in ((time.sleep, 0.3), (partial(scan_image, **limits), image)):
         for _ in executor.map(fn, [item] * 4 * WORKERS):
             pass
-
-
-def below(pid: int) -> Iterator[int]:
-    """The processes that a process has started, and theirs."""
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        yield int(child)
-        yield from below(int(child))
-
-
-def is_worker(pid: int) -> bool:
-    """Whether it does tasks for Ray."""
-    return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
 
 
 def seconds_of(work: Callable[[], object]) -> float:

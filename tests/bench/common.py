@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,19 @@ def most_mb(pid: int) -> float:
     match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert match, pid
     return round(int(match[1]) * 1024 / 1e6, 1)
+
+
+def ray_workers() -> list[int]:
+    """The processes below this one that do tasks for Ray."""
+    pids = below(os.getpid())
+    return [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")]
+
+
+def below(pid: int) -> Iterator[int]:
+    """The processes that a process has started, and theirs."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield int(child)
+        yield from below(int(child))
 
 
 def machine() -> str:

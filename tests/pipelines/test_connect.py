@@ -61,8 +61,8 @@ class Failing(SerialExecutor):
     def __init__(self, n_tasks):
         self.left = n_tasks
 
-    def map(self, fn, items, shared=None):
-        for result in super().map(fn, items, shared):
+    def map(self, fn, items, shared=None, gpus=0):
+        for result in super().map(fn, items, shared, gpus):
             if self.left == 0:
                 raise InterruptedError
             self.left -= 1

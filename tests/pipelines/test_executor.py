@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -178,6 +180,67 @@ def test_a_failure_in_a_reduction_names_the_item(executor):
 def test_workers_that_no_gpu_is_there_for_are_refused(ray_executor):
     with pytest.raises(UserError, match=r"resources\.gpus must be at most the cluster's: got 1, it has 0"):
         list(ray_executor.map_workers(partial(given, late_first), [1], gpus=1))
+
+    with pytest.raises(UserError, match=r"resources\.gpus must be at most the cluster's: got 0.5, it has 0"):
+        list(ray_executor.map(late_first, [1], gpus=0.5))
+    with pytest.raises(UserError, match=r"resources\.gpus must be at most the cluster's: got 0.5, it has 0"):
+        ray_executor.reduce(late_first, [1], max, gpus=0.5)
+
+
+def test_in_this_process_a_gpu_needs_no_reservation():
+    three, local = LocalExecutor().reduce(int, ["3"], max, gpus=1), LocalExecutor()
+    assert list(local.map(add, [1, 2], {"much": three}, gpus=1)) == [4, 5]
+
+
+ON_GPUS = """
+import os
+from functools import partial
+
+import ray
+
+from pipelines.executor import Resources
+from pipelines.ray_executor import RayExecutor
+
+def call(i, much=0):
+    ids = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    assert len(ids) == 1, ids
+    return os.getpid(), i + much
+
+def brackets(a, b):
+    return f"({a}{b})"
+
+def letter(i, pids):
+    assert os.getpid() in pids, "no worker with a GPU"
+    return chr(97 + i)
+
+def given(fn):
+    return fn
+
+ray.init = partial(ray.init, num_gpus=1)  # as if there were one: Ray only counts them
+executor = RayExecutor(Resources(workers=4, gpus=0.5))
+pids = {pid for pid, _ in executor.map_workers(partial(given, call), range(20), 0.5)}  # they keep the GPU
+seen = []
+executor.progress = lambda done, total: seen.append((done, total))
+ten = executor.reduce(int, ["10"], max)
+found = list(executor.map(call, range(20), {"much": ten}, gpus=0.5))
+assert [value for _, value in found] == [10 + i for i in range(20)]
+assert {pid for pid, _ in found} <= pids and 1 <= len(pids) <= 2, "the workers that are there, half a GPU each"
+assert seen[-20:] == [(i + 1, 20) for i in range(20)]
+folded = executor.reduce(letter, range(10), brackets, {"pids": pids}, fan_in=3, gpus=0.5)
+assert folded.get() == executor.reduce(partial(letter, pids=Everyone()), range(10), brackets, fan_in=3).get()
+assert list(executor.map(str, [ten.get()])) == ["10"]
+executor.close()
+"""
+EVERYONE = """
+class Everyone:
+    def __contains__(self, pid):
+        return True
+"""
+
+
+def test_calls_with_gpus_are_made_by_the_workers_that_have_them():
+    done = subprocess.run([sys.executable, "-c", EVERYONE + ON_GPUS], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_progress_counts_items(executor):

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 from tiny import EXTRA_STEPS, STEP_OF_STAGE, TRAIN, answer, noise_png, write_head
 
-from curation import decontaminate, kmeans
+from curation import cells, decontaminate, kmeans
 from curation.store import Location
 from pipelines.engine import run_recipe
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
-from pipelines.stages import hops
+from pipelines.stages import hops, join
 from pipelines.stages.table import STAGES
 
 pytestmark = pytest.mark.timeout(900)  # the fixture runs every step at both sizes, each in a process of its own
@@ -53,6 +53,8 @@ def recipe(folder: Path) -> dict[str, Any]:
             "unique": {"stage": "dedup", "neighbors": "near"},
             "clean": {"stage": "decontaminate", "embeddings": "web_vec", "selection": "unique",
                       "reference": "exam_vec", "min_similarity": 0.99},
+            "near_cells": {"stage": "neighbors", "embeddings": "web_vec", "n_neighbors": 4, "min_similarity": 0.9,
+                           "method": "cells", "nlist": 16, "nprobe": 2, "recall_queries": 50},
             # pictures of noise are hardly alike: from here on they are all joined, in two hops
             "alike": {"stage": "neighbors", "embeddings": "web_vec", "n_neighbors": 8, "min_similarity": 0.07},
             "clean_components": {"stage": "decontaminate", "embeddings": "web_vec", "reference": "exam_vec",
@@ -85,6 +87,7 @@ def recipe(folder: Path) -> dict[str, Any]:
 def peak_of(tree: dict[str, Any], root: str, step: str, told: Any) -> None:
     """In a fresh process: run one step, tell the peak of the resident memory and what it was before, in MB."""
     kmeans.MIN_SEED_ROWS = 512  # k-means seeds on a sample of bounded size: here both pools are above it
+    cells.GROUP_ROWS, cells.SLICE_ROWS, join.RUN_PAIRS = 512, 256, 512  # so are the pieces of a join
     hops.FRONTIER_ROWS, decontaminate.FOLD_PAIRS = 64, 1024  # a hop is searched and joined in pieces of bounded size
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what is freed, by chance more or less of it,
     pa.set_cpu_count(1)  # and so does the heap of each of its threads

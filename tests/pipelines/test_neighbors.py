@@ -15,6 +15,7 @@ from pipelines.errors import UserError
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
 from pipelines.stages import neighbors
+from pipelines.stages.edges import Device
 from pipelines.stages.table import STAGES
 
 
@@ -102,6 +103,13 @@ def test_groups_and_ray_change_no_byte(images, steps, tmp_path, monkeypatch, ray
     monkeypatch.undo()
     there = run(recipe(images), tmp_path / "ray", ray_executor)
     assert [there[name].digest for name in ("near", "unique")] == [steps[name].digest for name in ("near", "unique")]
+
+
+def test_torch_writes_the_same_bytes(images, steps, tmp_path, monkeypatch):
+    """What runs on a GPU, on this CPU."""
+    monkeypatch.setattr(neighbors, "device_of", lambda executor: Device("cpu:0", 0.0))
+    there = run({name: step for name, step in recipe(images).items() if name != "unique"}, tmp_path)
+    assert there["near"].digest == steps["near"].digest
 
 
 @pytest.mark.parametrize(
