@@ -2,7 +2,7 @@
 
 claims/<range>           the best row of the range for each component whose smallest row is elsewhere or another,
                          shuffled to the range of that smallest row
-best/<range>             the best row of each component whose smallest row is in the range, beside that row
+best/<range>             the best row of each component whose smallest row is in the range, beside that row, as CLAIM
 replies/<range>          the same, shuffled to the ranges that made claims, in the order of their claims
 representatives/<range>  int64, one for every row of the range: the row that stays for it
 """
@@ -18,7 +18,7 @@ from curation.execute import Executor
 from curation.shuffle import read_shuffle, write_groups, write_shuffle
 from curation.store import Location
 from pipelines.stage import make_aside
-from pipelines.stages.connect import RowRange, Span, range_at, raw_name, raw_names, read_pairs, starts_of, write_pairs
+from pipelines.stages.connect import RowRange, Span, range_at, raw_name, raw_names, read_pairs, starts_of
 
 CLAIM = np.dtype([("root", "<i8"), ("score", "<i8"), ("row", "<i8")])
 NO_SCORE = np.iinfo(np.int64).min
@@ -28,13 +28,18 @@ Scores = Callable[[RowRange, np.ndarray], np.ndarray]  # of ascending rows of a 
 
 def elect(folder: Location, ranges: Sequence[RowRange], scores: Scores, executor: Executor) -> None:
     """Leave the representatives of every range in ``folder``: the highest score, ties to the lowest row id."""
+    choose(folder, ranges, scores, executor)
+    spread = partial(spread_range, folder=folder, n_ranges=len(ranges))
+    make_aside(spread, ranges, raw_names(ranges), folder / "representatives", executor)
+
+
+def choose(folder: Location, ranges: Sequence[RowRange], scores: Scores, executor: Executor) -> None:
+    """Leave the best row of each component with its smallest, and the claims that were made for it, in ``folder``."""
     names, starts = raw_names(ranges), {"starts": starts_of(ranges)}
     claim = partial(claim_range, folder=folder, scores=scores)
     make_aside(claim, ranges, names, folder / "claims", executor, starts)
-    choose = partial(choose_range, folder=folder, scores=scores, n_ranges=len(ranges))
-    make_aside(choose, ranges, names, folder / "replies", executor)
-    spread = partial(spread_range, folder=folder, n_ranges=len(ranges))
-    make_aside(spread, ranges, names, folder / "representatives", executor)
+    best = partial(choose_range, folder=folder, scores=scores, n_ranges=len(ranges))
+    make_aside(best, ranges, names, folder / "replies", executor)
 
 
 def claim_range(rows: RowRange, folder: Location, scores: Scores, starts: np.ndarray) -> None:
@@ -60,7 +65,9 @@ def choose_range(rows: RowRange, folder: Location, scores: Scores, n_ranges: int
     first = roots[own >= score[roots]]
     best[first] = first + rows.start
     name = raw_name(rows.number)
-    write_pairs(folder / "best" / name, np.stack([roots + rows.start, best[roots]], axis=1))
+    chosen = np.empty(len(roots), CLAIM)
+    chosen["root"], chosen["score"], chosen["row"] = roots + rows.start, np.maximum(own, score[roots]), best[roots]
+    (folder / "best" / name).write(chosen.tobytes())
     replies = (best[claims_of(folder, number, rows)["root"] - rows.start] for number in range(n_ranges))
     write_groups(folder / "replies" / name, replies, n_ranges)
 
@@ -70,12 +77,17 @@ def claims_of(folder: Location, number: int, rows: RowRange) -> np.ndarray:
     return read_shuffle(folder / "claims" / raw_name(number), CLAIM, rows.number)
 
 
+def best_of(folder: Location, number: int) -> np.ndarray:
+    """CLAIM (m,): the best row of each component whose smallest row is in a range."""
+    return np.frombuffer((folder / "best" / raw_name(number)).read(), CLAIM)
+
+
 def spread_range(rows: RowRange, folder: Location, n_ranges: int) -> None:
     """What stays for every row of the range; a row without edges stays for itself."""
     name = raw_name(rows.number)
     stays = np.arange(rows.start, rows.stop)
-    root, best = read_pairs(folder / "best" / name).T
-    stays[root - rows.start] = best
+    best = best_of(folder, rows.number)
+    stays[best["root"] - rows.start] = best["row"]
     row_id, root = read_pairs(folder / "labels" / name).T
     replies = [read_shuffle(folder / "replies" / raw_name(number), ROW, rows.number) for number in range(n_ranges)]
     claimed = distinct(root)  # the claims of this range: ranges are in the order of their rows
