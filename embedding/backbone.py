@@ -1,4 +1,5 @@
-"""What makes a vector of an image: the pixels, a ViT of this project, a Hugging Face model, or a TorchScript file.
+"""What makes a vector of an image: its pixels or a hash of them, a ViT of this project, a Hugging Face model, or a
+TorchScript file.
 
 Weights are read from safetensors alone, and no Python code that comes with a model is run. A TorchScript file is a
 program of tensor operations; name one only if you trust whom it comes from.
@@ -22,6 +23,7 @@ from embedding.folder import check_tensors, read_config, weight_paths, weights_s
 from embedding.hf_models import load_hf_model
 from embedding.hf_weights import load_hf_vit, uncovered, vit_config
 from embedding.network import Backbone, Running, begin_with, network_backbone, prepared_backbone, vit_backbone
+from embedding.phash import PHASH_LEAST_SIDE, PHASH_WIDTH, POINTS_SIDE, phash_input, phash_vectors
 from embedding.preprocess import PIXELS_LEAST_SIDE, PIXELS_WIDTH, Preprocess, pixel_descriptor, read_hf_preprocess
 from embedding.vit import ViT
 from embedding.vit_config import ViTConfig
@@ -37,10 +39,11 @@ def load_backbone(
 ) -> Backbone:
     """The backbone that ``spec`` names.
 
-    spec: "pixels"; a folder written by ``save_vit``; a folder written by transformers with its
-    preprocessor_config.json; a TorchScript file (``.pt``, see ``script_preprocess``) that gives vectors (n, width); or
-    a name on the Hugging Face hub, downloaded once. A folder wins over a name. DINOv2, with registers, and DINOv3 ViT
-    run in the project's own ViT and need no transformers; see ``embedding.hf_models`` for what others give.
+    spec: "pixels"; "phash", see ``embedding.phash``; a folder written by ``save_vit``; a folder written by transformers
+    with its preprocessor_config.json; a TorchScript file (``.pt``, see ``script_preprocess``) that gives vectors
+    (n, width); or a name on the Hugging Face hub, downloaded once. A folder wins over a name. DINOv2, with registers,
+    and DINOv3 ViT run in the project's own ViT and need no transformers; see ``embedding.hf_models`` for what others
+    give.
     pooling: "cls", the CLS token after the final norm (of CLIP and SigLIP the image embedding); "mean" of the patch
     tokens; "cls+mean", one behind the other; "gem", see ``embedding.pooling``. TorchScript files pool by themselves.
     What is not to be pooled is in ``Backbone.patches``.
@@ -53,6 +56,9 @@ def load_backbone(
     if spec == "pixels":
         identity = {"name": "pixels", "weights": None, "preprocess": {"size": 16, "resample": "box"}}
         return Backbone(PIXELS_WIDTH, identity, pixel_descriptor, lambda batch: batch, least_side=PIXELS_LEAST_SIDE)
+    if spec == "phash":
+        identity = {"name": "phash", "weights": None, "preprocess": {"size": POINTS_SIDE, "resample": "tent"}}
+        return Backbone(PHASH_WIDTH, identity, phash_input, phash_vectors, least_side=PHASH_LEAST_SIDE)
     if is_script(spec):
         return _script_backbone(find_script(spec), how._replace(compiled=False))
     folder = find_folder(spec)
@@ -79,7 +85,9 @@ def find_script(spec: str) -> Path:
     """The TorchScript file that ``spec`` names. Raises ValueError when there is none."""
     script = Path(spec).expanduser()
     if not script.is_file():
-        raise ValueError(f"backbone must be 'pixels', a folder, a file or a Hugging Face name: no file {script}")
+        raise ValueError(
+            f"backbone must be 'pixels', 'phash', a folder, a file or a Hugging Face name: no file {script}"
+        )
     return script
 
 
@@ -241,7 +249,7 @@ def _identity(
 def _download(name: str) -> Path:
     """The local copy of a model on the hub: its configs and safetensors, no code and no pickle."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"backbone must be 'pixels', a folder or a Hugging Face name: no folder {name!r}")
+        raise ValueError(f"backbone must be 'pixels', 'phash', a folder or a Hugging Face name: no folder {name!r}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as e:
@@ -254,4 +262,6 @@ def _download(name: str) -> Path:
         first = next(
             iter(str(e).strip().splitlines()), type(e).__name__
         )  # the hub says several, with advice for its own callers
-        raise ValueError(f"backbone must be 'pixels', a folder or a Hugging Face name: got {name!r}: {first}") from e
+        raise ValueError(
+            f"backbone must be 'pixels', 'phash', a folder or a Hugging Face name: got {name!r}: {first}"
+        ) from e

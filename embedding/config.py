@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from embedding.decode import MAX_PIXELS
 
+MODEL_FREE = ("pixels", "phash")  # backbones without weights: see ``embedding.preprocess`` and ``embedding.phash``
 POOLINGS = ("cls", "mean", "cls+mean", "gem")
 DECODERS = ("full", "scaled")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -28,7 +29,7 @@ class EmbedConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # read by pipelines/, no import here
 
-    backbone: str  # "pixels", a folder, a TorchScript file, or a name on the Hugging Face hub
+    backbone: str  # "pixels", "phash", a folder, a TorchScript file, or a name on the Hugging Face hub
     pooling: str = "cls"  # of CLIP and SigLIP: their image embedding; or "mean" or "gem" of the patch tokens,
     # "cls+mean": both, one behind the other; TorchScript files pool by themselves
     precision: str = "float32"  # of a network's products; "bfloat16" and "float16" give other vectors, on GPUs faster
@@ -38,7 +39,7 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         if not self.backbone:
-            raise ValueError("embed.backbone must be 'pixels', a folder or a Hugging Face name: got ''")
+            raise ValueError("embed.backbone must be 'pixels', 'phash', a folder or a Hugging Face name: got ''")
         check_pooling(self.pooling, "embed.pooling")
         check_precision(self.precision, "embed.precision")
         if self.decoder not in DECODERS:

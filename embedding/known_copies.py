@@ -27,7 +27,7 @@ class CalibrateConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # read by pipelines/, no import here
 
-    backbone: str  # "pixels", a folder, a TorchScript file, or a name on the Hugging Face hub, as in embed
+    backbone: str  # "pixels", "phash", a folder, a TorchScript file, or a name on the Hugging Face hub, as in embed
     pooling: str = "cls"  # as in embed
     precision: str = "float32"  # of a network's products, as in embed
     decoder: str = "full"  # as in embed
@@ -38,7 +38,7 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         if not self.backbone:
-            raise ValueError("calibrate.backbone must be 'pixels', a folder or a Hugging Face name: got ''")
+            raise ValueError("calibrate.backbone must be 'pixels', 'phash', a folder or a Hugging Face name: got ''")
         check_pooling(self.pooling, "calibrate.pooling")
         check_precision(self.precision, "calibrate.precision")
         if self.decoder not in DECODERS:

@@ -12,7 +12,7 @@ class EvaluateConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    backbone: str  # "pixels", a train step, a folder, or a name on the Hugging Face hub
+    backbone: str  # "pixels", "phash", a train step, a folder, or a name on the Hugging Face hub
     pooling: str = "cls"  # or "mean", "cls+mean", "gem": as in embed
     n_neighbors: int = 20  # that vote
     temperature: float = 0.07  # a neighbour's weight is exp(similarity / temperature)

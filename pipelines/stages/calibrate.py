@@ -1,11 +1,11 @@
 """``calibrate``: which threshold tells copies by a descriptor, found on copies of the pool's own images."""
 
-import json
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,21 +21,16 @@ from curation.selection import selected_rows
 from curation.sources import read_checked
 from curation.store import Location
 from embedding.decode import MAX_PIXELS, BadImage
-from embedding.isolate import Call, Processes
+from embedding.isolate import Call
 from embedding.known_copies import TRANSFORMS, CalibrateConfig, known_copies
 from pipelines.errors import UserError
 from pipelines.executor import Resources
-from pipelines.isolation import decoding
-from pipelines.rows import by_part, unchanged_images
+from pipelines.rows import by_part
 from pipelines.stage import SCRATCH, SELECTIONS, Inputs, Output, Rows, Stage
 from pipelines.stages.embed import (
-    MODEL_HINT,
-    MOST_THREADS,
     Model,
-    as_stored,
     facts_of,
-    fits_gpu,
-    load_model,
+    load_embedder,
     look,
     resources_of,
     write_part,
@@ -131,38 +126,20 @@ def embed_blocks(model: Model, sample: Sample, blocks: Sequence[Block], out: Out
 
 def make_worker(model: Model, sample: Sample, resources: Resources) -> Callable[[Block], list[FileInfo]]:
     """Load the backbone once, then copy and embed block after block, as the step ``embed`` embeds what it reads."""
-    import torch
+    from embedding.embed import ahead
 
-    from embedding.embed import BATCH_IMAGES, ahead, embed_stream, preparation
-
-    torch.set_num_threads(1)
-    try:
-        backbone = load_model(model, resources)
-    except ValueError as e:
-        raise UserError(str(e), MODEL_HINT) from e
-    batch = BATCH_IMAGES if backbone.device == "cpu" else resources.batch  # on a CPU it would change bits
-    prepare = preparation(model.decoder, backbone, MAX_PIXELS)
-    threads = resources.loader_workers
-    apart = Processes(threads) if threads > MOST_THREADS else None
-    named = {} if model.decoder == "full" else {"decoder": model.decoder}
-    identity = json.dumps({**backbone.identity, **named}, sort_keys=True).encode()
+    embedder = load_embedder(model, MAX_PIXELS, resources)
+    threads = embedder.threads
 
     def work(block: Block) -> list[FileInfo]:
         sources: list[str] = []
         note = sample.vectors / SCRATCH / "decoding" / part_name(block.number)
-        with unchanged_images(), decoding(note, apart) as call, fits_gpu(batch):
+        with embedder.decoding(note) as call:
             make = partial(files_of_image, call=call, seed=sample.seed)
             with closing(ahead(make, read_images_of(block, sample.pool, sources), threads, threads + 1)) as made:
-                found = embed_stream(
-                    backbone,
-                    (file for files in made for file in files),
-                    batch=batch,
-                    threads=threads,
-                    prepare=lambda file: call(prepare, file),
-                )
-                good, x, bad = as_stored(found, backbone.width)
+                good, x, bad = embedder.vectors(chain.from_iterable(made), call)
         rejected = [{"row": i, "source": sources[i // KINDS], **vars(why)} for i, why in bad.items()]
-        return write_part(sample.vectors, block.number, good, x, rejected, identity)
+        return write_part(sample.vectors, block.number, good, x, rejected, embedder.identity)
 
     return work
 

@@ -18,8 +18,8 @@ from curation.pool import source_of_part
 from curation.selection import selected_rows
 from curation.sources import read_checked
 from curation.store import Entry, Location, file_sha256
-from embedding.config import EmbedConfig
-from embedding.isolate import Processes
+from embedding.config import MODEL_FREE, EmbedConfig
+from embedding.isolate import Call, Processes
 from pipelines.errors import UserError
 from pipelines.executor import Resources
 from pipelines.isolation import decoding
@@ -30,7 +30,7 @@ from pipelines.stages.pool import check_bad
 
 if TYPE_CHECKING:
     from embedding.decode import BadImage
-    from embedding.embed import Embedded
+    from embedding.embed import Embedded, Prepare, Waited
     from embedding.network import Backbone
 
 MODEL_HINT = "a model is a folder as its makers published it, with its config, preprocessing and *.safetensors, or the \
@@ -48,6 +48,42 @@ class Model(NamedTuple):
     decoder: str = "full"
 
 
+class Embedder(NamedTuple):
+    """A loaded backbone, and how files become its vectors."""
+
+    backbone: "Backbone"
+    identity: bytes  # of backbone and decoder, as parts of embeddings say it
+    prepare: "Prepare"
+    batch: int  # files a forward
+    threads: int  # that read and decode ahead
+    apart: Processes | None  # in place of threads that decode
+
+    @contextmanager
+    def decoding(self, note: Location) -> Iterator[Call]:
+        """What calls decoders while the part of this note is in work, see ``pipelines.isolation``.
+
+        Raises UserError for a batch that does not fit the GPU.
+        """
+        with unchanged_images(), decoding(note, self.apart) as call, fits_gpu(self.batch):
+            yield call
+
+    def vectors(
+        self, files: Iterable[bytes], call: Call, waited: "Waited | None" = None
+    ) -> "tuple[np.ndarray, np.ndarray, dict[int, BadImage]]":
+        """``as_stored`` of files that come one after the other, decoded through ``call``."""
+        from embedding.embed import embed_stream
+
+        found = embed_stream(
+            self.backbone,
+            files,
+            batch=self.batch,
+            threads=self.threads,
+            waited=waited,
+            prepare=lambda file: call(self.prepare, file),
+        )
+        return as_stored(found, self.backbone.width)
+
+
 class Images(NamedTuple):
     """Where a worker finds the images of a part."""
 
@@ -59,7 +95,7 @@ class Images(NamedTuple):
 
 def look(config: EmbedConfig) -> tuple[Sequence[Entry] | None, None]:
     """The weights of a model that no step of the recipe made: name, size and sha256 of its files."""
-    if config.backbone in ("pixels", STEP):
+    if config.backbone in (*MODEL_FREE, STEP):
         return None, None
     from embedding.backbone import weight_files
 
@@ -102,7 +138,7 @@ def embed_pool(
     covered = pool if selection is None or not selection.is_complete() else selection
     sizes = [part.rows for part in covered.parts]
     make = partial(make_worker, model, images, resources)
-    tell = in_words if model.spec != "pixels" else lambda log: ""  # which waits for nothing else
+    tell = in_words if model.spec not in MODEL_FREE else lambda log: ""  # which waits for nothing else
     out.make_by_workers(make, items, names, resources.gpus, Rows("images", sizes, tell))
     out.log |= rates(out.log)
     for sums in ("flops", "flops_in_reach"):
@@ -136,24 +172,35 @@ def load_model(model: Model, resources: Resources) -> "Backbone":
         return load(folder)
 
 
-def make_worker(model: Model, images: Images, resources: Resources) -> Callable[[int], Timed]:
-    """Load the backbone once, then embed part after part. Raises UserError when a batch does not fit the GPU."""
+def load_embedder(model: Model, max_pixels: int, resources: Resources) -> Embedder:
+    """What a worker embeds with, loaded once. Raises UserError for a model that cannot be loaded."""
     import torch
 
-    from embedding.embed import BATCH_IMAGES, Waited, embed_stream, preparation
+    from embedding.embed import BATCH_IMAGES, preparation
 
     torch.set_num_threads(1)
     try:
         backbone = load_model(model, resources)
     except ValueError as e:
         raise UserError(str(e), MODEL_HINT) from e
-    batch = BATCH_IMAGES if backbone.device == "cpu" else resources.batch  # on a CPU it would change bits
-    peak = peak_of(backbone)
-    prepare = preparation(model.decoder, backbone, images.max_pixels)
-    threads = resources.loader_workers
-    apart = Processes(threads) if threads > MOST_THREADS else None
     named = {} if model.decoder == "full" else {"decoder": model.decoder}
-    identity = json.dumps({**backbone.identity, **named}, sort_keys=True).encode()
+    threads = resources.loader_workers
+    return Embedder(
+        backbone,
+        identity=json.dumps({**backbone.identity, **named}, sort_keys=True).encode(),
+        prepare=preparation(model.decoder, backbone, max_pixels),
+        batch=BATCH_IMAGES if backbone.device == "cpu" else resources.batch,  # on a CPU it would change bits
+        threads=threads,
+        apart=Processes(threads) if threads > MOST_THREADS else None,
+    )
+
+
+def make_worker(model: Model, images: Images, resources: Resources) -> Callable[[int], Timed]:
+    """Load the backbone once, then embed part after part. Raises UserError when a batch does not fit the GPU."""
+    from embedding.embed import Waited
+
+    embedder = load_embedder(model, images.max_pixels, resources)
+    peak = peak_of(embedder.backbone)
 
     def work(index: int) -> Timed:
         rows = selected_rows(images.pool, images.selection, index).rows
@@ -162,14 +209,11 @@ def make_worker(model: Model, images: Images, resources: Resources) -> Callable[
         data = read_checked(root, table, image_column)
         waited = Waited()
         note = images.out / SCRATCH / "decoding" / part_name(index)
-        with unchanged_images(), decoding(note, apart) as call, fits_gpu(batch):
-            found = embed_stream(
-                backbone, data, batch=batch, threads=threads, waited=waited, prepare=lambda image: call(prepare, image)
-            )
-            good, x, bad = as_stored(found, backbone.width)
+        with embedder.decoding(note) as call:
+            good, x, bad = embedder.vectors(data, call, waited)
         rejected = [{"row": int(rows[i]), "source": table["source"][i].as_py(), **vars(why)} for i, why in bad.items()]
-        files = write_part(images.out, index, rows[good], x, rejected, identity)
-        return Timed(files, waited.log(len(rows)) | used(backbone, len(good), peak * waited.total))
+        files = write_part(images.out, index, rows[good], x, rejected, embedder.identity)
+        return Timed(files, waited.log(len(rows)) | used(embedder.backbone, len(good), peak * waited.total))
 
     return work
 

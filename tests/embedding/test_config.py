@@ -6,7 +6,7 @@ from embedding.config import EmbedConfig
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": ""}, "embed.backbone must be 'pixels', a folder or a Hugging Face name"),
+        ({"backbone": ""}, "embed.backbone must be 'pixels', 'phash', a folder or a Hugging Face name"),
         ({"backbone": "pixels", "pooling": "max"}, r"embed.pooling must be one of .*: got 'max'"),
         ({"backbone": "pixels", "precision": "int8"}, r"embed.precision must be one of .*: got 'int8'"),
         ({"backbone": "pixels", "max_pixels": 0}, "embed.max_pixels must be at least 1: got 0"),

@@ -126,7 +126,7 @@ def test_a_bad_picture_is_bad(photo):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"backbone": ""}, "calibrate.backbone must be 'pixels', a folder or a Hugging Face name: got ''"),
+        ({"backbone": ""}, "calibrate.backbone must be 'pixels', 'phash', a folder or a Hugging Face name: got ''"),
         ({"pooling": "max"}, "calibrate.pooling must be one of .*: got 'max'"),
         ({"precision": "int8"}, "calibrate.precision must be one of .*: got 'int8'"),
         ({"decoder": "fast"}, "calibrate.decoder must be one of .*: got 'fast'"),

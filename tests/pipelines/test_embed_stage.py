@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 
-from curation.artifact import Artifact
+from curation.artifact import Artifact, read_table
 from curation.store import Location
 from embedding.backbone import save_vit
 from embedding.flops import vit_flops
@@ -148,3 +149,33 @@ def test_precision_is_another_backbone(tmp_path, images, vit):
         assert seen[precision].manifest["facts"]["backbone"]["precision"] == precision
         assert seen[precision].manifest["facts"]["width"] == 64
     assert seen["float32"].digest != seen["bfloat16"].digest
+
+
+def test_copies_by_hash_and_pictures_of_one_tone(tmp_path):
+    """From files to kept rows: a Hamming radius is a similarity, and a blank picture is no copy of another tone."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, pixels in enumerate(load_sample_images().images):
+        photo = Image.fromarray(pixels)
+        photo.save(folder / f"{i}-large.png")
+        photo.resize((320, 213)).save(folder / f"{i}-small.jpg", quality=60)
+        ImageOps.mirror(photo).save(folder / f"{i}-mirrored.png")
+    for tone in (0, 1, 2, 255):
+        Image.new("L", (40, 30), tone).save(folder / f"tone-{tone}.png")
+    Image.new("RGB", (50, 50), "white").save(folder / "white.png")
+    steps = {
+        "web": {**POOL, "source": str(folder)},
+        "vec": {"stage": "embed", "pool": "web", "backbone": "phash", "decoder": "scaled"},
+        "near": {"stage": "neighbors", "embeddings": "vec", "min_similarity": 1 - 31 / 128},
+        "unique": {"stage": "dedup", "neighbors": "near"},
+    }
+    recipe = parse_recipe({"steps": steps}, STAGES)
+    results = run_recipe(recipe, Location(str(tmp_path / "root")), LocalExecutor(Resources(loader_workers=0)))
+    made = {result.name: Artifact(result.location) for result in results}
+    assert made["vec"].facts["backbone"]["name"] == "phash" and made["vec"].facts["width"] == 256
+    kept = []
+    for i in range(len(made["web"].parts)):
+        rows = read_table(made["web"].part(i), ["source"])
+        kept += rows.filter(read_table(made["unique"].part(i))["kept"])["source"].to_pylist()
+    left = {"0-large.png", "0-mirrored.png", "1-large.png", "1-mirrored.png", "tone-0.png", "tone-1.png", "tone-2.png"}
+    assert set(kept) == left | {"white.png"}
