@@ -79,6 +79,18 @@ def pair_dots(x: np.ndarray, y: np.ndarray, rows: np.ndarray, columns: np.ndarra
 
 
 @compiled
+def raise_best(
+    best_ids: np.ndarray, best: np.ndarray, at: np.ndarray, row_ids: np.ndarray, similarity: np.ndarray
+) -> None:
+    """Offer ``similarity[i]`` to row ``row_ids[i]``, in any order, to place ``at[i]`` of ``best`` and ``best_ids``, in
+    place; a tie stays with, or goes to, the lower row id."""
+    for i in range(len(at)):
+        place = at[i]
+        if similarity[i] > best[place] or (similarity[i] == best[place] and row_ids[i] < best_ids[place]):
+            best[place], best_ids[place] = similarity[i], row_ids[i]
+
+
+@compiled
 def row_sq_distances(x: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """float32 squared distance of every row to the centroid it is labelled with."""
     out = np.empty(len(x), np.float32)

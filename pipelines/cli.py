@@ -1,4 +1,4 @@
-"""The command line: ``openlvd run | plan | status | why | report | demo``.
+"""The command line: ``openlvd run | plan | status | why | contains | report | demo``.
 
 Data goes to stdout, everything for people's eyes while they wait to stderr. Exit code 2 for what the user can
 mend, 1 for a run that failed.
@@ -32,6 +32,7 @@ app = typer.Typer(
     cls=PanelGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 
+FOUND = 3  # of contains --fail-if-found, when a near copy was found: neither a mistake (2) nor a failed run (1)
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C, which typer returns
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The recipe to run.")]
@@ -105,6 +106,61 @@ def why(
 
 
 @app.command()
+def contains(
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="The root of a run.")],
+    images: Annotated[
+        str, typer.Argument(metavar="IMAGES", help="A folder, tar, Parquet, image file or s3:// prefix.")
+    ],
+    min_similarity: Annotated[
+        float | None,
+        typer.Option(
+            help="Cosine from which on two images are copies. Default: that of the run's decontaminate, or of "
+            "the neighbors of its dedup."
+        ),
+    ] = None,
+    step: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The step that made the set: default the last shards, or choice.")
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The embed step to compare by. Default: that of the similarity.")
+    ] = None,
+    whole_pool: Annotated[
+        bool,
+        typer.Option("--whole-pool", help="Also look among what is not in the set, and say which step dropped it."),
+    ] = False,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The weights, if they are no longer where the run found them.")
+    ] = None,
+    work: Annotated[
+        str | None, typer.Option(metavar="URI", help="A place to keep the vectors of IMAGES at. Default: none is kept.")
+    ] = None,
+    fail_if_found: Annotated[
+        bool, typer.Option("--fail-if-found", help="Exit with 3 when an image has a near copy in the set.")
+    ] = False,
+    executor: ExecutorName = "serial",
+    address: Address = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object an image on stdout, then one with the sums.")
+    ] = False,
+) -> None:
+    """Which of some images have a near copy in the set that a run has made: is this benchmark in my set?
+
+    A line an image: "in" (a near copy is in the set), "dropped" (one is in the pool alone, with --whole-pool) or "no";
+    "again" for the bytes of an earlier image, "unread" for what does not decode. The exit code is 0 whatever the
+    answer: a script reads --json, or gives --fail-if-found.
+    """
+    from pipelines.contains.command import Question
+    from pipelines.contains.command import contains as look
+
+    question = Question(
+        root=root, images=images, step=step, embeddings=embeddings, min_similarity=min_similarity,
+        whole_pool=whole_pool, backbone=backbone, work=work, executor=executor, address=address, as_json=as_json,
+    )  # fmt: skip
+    if look(question) and fail_if_found:
+        raise SystemExit(FOUND)
+
+
+@app.command()
 def report(
     root: Annotated[str, typer.Argument(metavar="ROOT", help="The root of a run, finished or not.")],
     out: Annotated[
@@ -139,11 +195,12 @@ Photos = Annotated[str, typer.Argument(metavar="PHOTOS", help="Images: a folder,
 MinSimilarity = Annotated[
     float | None,
     typer.Option(
-        help="Cosine from which on two images are copies. 0.99 for pixels; for others it must be given (SSCD: 0.6).",
+        help="Cosine from which on two images are copies. pixels: 0.99, phash: 0.758 (31 of 256 bits differ); for "
+        "others it must be given (SSCD: 0.6).",
     ),
 ]
 BackboneName = Annotated[
-    str, typer.Option("--backbone", help="pixels, a Hugging Face owner/name, or the folder or file of a model.")
+    str, typer.Option("--backbone", help="pixels, phash, a Hugging Face owner/name, or the folder or file of a model.")
 ]
 MaxDropFraction = Annotated[
     float, typer.Option(help="Share of near copies from which on the threshold is taken for a mistake.")

@@ -26,6 +26,7 @@ import yaml
 
 from curation.artifact import Artifact
 from curation.store import Location
+from embedding.config import MODEL_FREE
 from pipelines.engine import RUN_FILE, StepResult, read_root, run_alone
 from pipelines.errors import UserError
 from pipelines.executor import Resources
@@ -363,7 +364,7 @@ def read_inputs(stage: Stage, given: Mapping[str, Any]) -> dict[str, Artifact]:
         elif key in stage.reads:
             raise UserError(f"{flag(key)} must be given: got none", f"it is {an_artifact(kinds)}; {PATH_HINT}")
     for key, kinds in stage.step_or_value.items():
-        if given[key] not in (None, "pixels") and artifact_at(given[key]) is not None:
+        if given[key] not in (None, *MODEL_FREE) and artifact_at(given[key]) is not None:
             found[key] = find_artifact(flag(key), given[key], kinds)
     for key, kinds in stage.lists.items():
         for text in given[key] or []:

@@ -16,6 +16,7 @@ import yaml
 from curation.artifact import Artifact
 from curation.listing import split_pattern
 from curation.store import Location
+from embedding.config import MODEL_FREE
 from embedding.decode import MAX_PIXELS
 from pipelines.commands import place_of, see_help
 from pipelines.engine import plan_recipe
@@ -31,14 +32,15 @@ from pipelines.recipe import Recipe, parse_recipe, parse_yaml
 from pipelines.stages.report import PAGE
 from pipelines.stages.table import STAGES
 
-PIXELS_COPY = (
-    0.99  # of `pixels`: finds the re-encoded, rescaled and brightened copies that the demo plants, and no more
-)
+COPY = {  # the similarity from which on two images are copies, by a descriptor
+    "pixels": 0.99,  # finds the re-encoded, rescaled and brightened copies that the demo plants, and no more
+    "phash": 1 - 31 / 128,  # up to 31 of 256 bits differ: what the makers of PDQ recommend to begin with
+}
 PART_ROWS = 2048  # images of a piece of work: a folder is some thousand images, and every core is to have some
 MOST = 0.5  # share of bad images at which a folder is taken for something else
 ROOT, RECIPE, REPORT = ".openlvd", "recipe.yaml", "report.html"
 NO_CONCEPTS = (
-    "note: pixels know colour and layout, not content: these clusters are of images that look alike from far away. "
+    "note: the descriptor {} knows layout, not content: these clusters are of images that look alike from far away. "
     "A backbone by name, such as --backbone facebook/dinov2-small, makes clusters of concepts."
 )
 OPTIONS = {  # of the commands, and the step and key that each becomes in the recipe
@@ -109,8 +111,8 @@ def balance_folder(
     recipe = read_tree("balance-folder", tree)  # mistakes are told before the work
     if before:
         check_same_set(before, tree, recipe, root, out)
-    if backbone == "pixels":
-        print(NO_CONCEPTS, file=sys.stderr)
+    if backbone in MODEL_FREE:
+        print(NO_CONCEPTS.format(backbone), file=sys.stderr)
     with open_executor(executor, None, Resources()) as engine, StepProgress(as_json) as progress:
         steps: dict[str, Artifact] = {}
         if clusters is None:
@@ -128,13 +130,13 @@ def balance_folder(
 
 def threshold(backbone: str, given: float | None) -> float:
     """The similarity from which on two images are copies. Raises UserError when only the user can know."""
-    if given is None and backbone != "pixels":
+    if given is None and backbone not in COPY:
         raise UserError(
             f"--min-similarity must be given with --backbone {backbone}: got none",
             "a threshold belongs to a descriptor: 0.6 is published for the copy detector SSCD; a semantic encoder at "
             "0.6 finds the same class, not the same image",
         )
-    return PIXELS_COPY if given is None else given
+    return COPY[backbone] if given is None else given
 
 
 def default_clusters(n_images: int) -> list[int]:
@@ -146,7 +148,7 @@ def default_clusters(n_images: int) -> list[int]:
 def copies_recipe(source: Location, backbone: str, min_similarity: float, max_drop_fraction: float) -> Tree:
     """The steps from a folder to one image of every group of copies; nothing that decodes is refused for its size."""
     folder = Path(backbone).expanduser()
-    spec = str(folder.resolve()) if backbone != "pixels" and folder.exists() else backbone
+    spec = str(folder.resolve()) if backbone not in MODEL_FREE and folder.exists() else backbone
     limits = {"max_pixels": 2 * MAX_PIXELS, "max_bad_fraction": MOST}
     return {
         "seed": 0,

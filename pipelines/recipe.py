@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from curation.store import Location
+from embedding.config import MODEL_FREE
 from pipelines.errors import UserError
 from pipelines.executor import Resources
 from pipelines.stage import Stage, Step
@@ -142,8 +144,7 @@ def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[s
     if not isinstance(kind, str) or kind not in stages:
         raise UserError(f"{name}.stage must be a known stage: got {kind!r}", did_you_mean(str(kind), stages))
     stage = stages[kind]
-    for key in [key for key in stage.lists if values.get(key) in (None, []) and not is_required(stage.config, key)]:
-        values.pop(key, None)  # a list that may be left out
+    settle_lists(values, stage)
     inputs = {
         f"{key}.{source}": source
         for key, kinds in stage.lists.items()
@@ -174,6 +175,15 @@ def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[s
     return Step(name, kind, config, inputs, acting or kind)
 
 
+def settle_lists(values: dict[str, Any], stage: Stage) -> None:
+    """Take out lists that may be left out and are, and make a list of one name where a key takes one or several."""
+    for key in stage.lists:
+        if values.get(key) in (None, []) and not is_required(stage.config, key):
+            values.pop(key, None)
+        elif isinstance(values.get(key), str) and isinstance(get_type_hints(stage.config)[key], UnionType):
+            values[key] = [values[key]]
+
+
 def is_required(config: type, name: str) -> bool:
     """Whether a field of a config has no default."""
     field = next(field for field in fields(config) if field.name == name)
@@ -192,10 +202,11 @@ def acts_as(key: str, stage: Stage, inputs: Mapping[str, str], earlier: Sequence
 
 def check_backbone(key: str, value: Any, trained: Sequence[str]) -> None:
     """What names no earlier step must be a model: a typing mistake is not looked up on the internet."""
-    known = ["pixels", *trained]
+    known = [*MODEL_FREE, *trained]
     if isinstance(value, str) and value and value not in known and "/" not in value and not Path(value).exists():
         raise UserError(
-            f"{key} must be pixels, an earlier train step, a folder, a file or a hub's owner/name: got {value!r}",
+            f"{key} must be pixels, phash, an earlier train step, a folder, a file or a hub's owner/name: "
+            f"got {value!r}",
             did_you_mean(value, known),
         )
 

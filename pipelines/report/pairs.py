@@ -1,6 +1,6 @@
 """What the page says of near copies and of leaks: dropped images, each beside the one that it was dropped for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,9 +9,11 @@ import pyarrow.compute as pc
 
 from curation.artifact import Artifact, pool_of, read_table
 from pipelines.report import drawings
+from pipelines.report.groups import group_charts, retracted_text, rule_text, search_text, shape_text
 from pipelines.report.run import Run, best_of
 from pipelines.report.thumbnails import make_thumbs
 from pipelines.rows import by_part, vectors_of_part
+from pipelines.stages.certificate import read_certificates
 
 N_BINS = 24  # of the histogram of similarities
 
@@ -47,8 +49,9 @@ def duplicates(run: Run) -> list[dict[str, Any]]:
         cosine = cosines(run, near.input("embeddings"), pool, shown)
         found.append({
             "name": name, "counts": step.counts, "min_similarity": low, "backbone": near.facts["backbone"]["name"],
-            "keep": step.manifest["config"]["keep"],
-            "histogram": histogram(pairs.histogram, low, "strongest similarity"),
+            "rule": rule_text(step.manifest["config"]), "shape": shape_text(step.facts),
+            "search": search_text(near.facts), "retracted": retracted_text(step.counts),
+            "charts": [histogram(pairs.histogram, low, "strongest similarity"), *group_charts(step.facts)],
             "groups": [
                 (title, [{"left": thumbs[p.near], "right": thumbs[p.row_id], "similarity": cosine[p.row_id],
                           "edge": p.similarity} for p in some])
@@ -59,25 +62,41 @@ def duplicates(run: Run) -> list[dict[str, Any]]:
 
 
 def leaks(run: Run) -> list[dict[str, Any]]:
-    """Every decontaminate step: what was dropped beside the reference image, or beside what joins it to one."""
+    """Every decontaminate step: of each reference what is certified, and dropped images beside its own."""
     found = []
     for name, step in run.of("decontaminate").items():
-        pool, reference = run.pool(step), run.pool(step.input("reference"))
-        config, low = step.manifest["config"], step.manifest["config"]["min_similarity"]
-        pairs = gather_pairs(run, step, "near_row", low)
-        groups = picture_pairs(run, groups_of(pairs), reference, pool)
-        if config["mode"] == "component":
-            joined = groups_of(gather_pairs(run, step, "through", low))
-            groups += [(f"Joined through the left one: {title.lower()}", some)
-                       for title, some in picture_pairs(run, joined, pool, pool)]  # fmt: skip
+        pool, config, low = run.pool(step), step.manifest["config"], step.manifest["config"]["min_similarity"]
+        joined = gather_pairs(run, step, "through", low) if config["mode"] == "component" else None
         found.append({
-            "name": name, "counts": step.counts, "reference": run.name(reference), "min_similarity": low,
-            "backbone": step.input("embeddings").facts["backbone"]["name"], "mode": config["mode"],
+            "name": name, "counts": step.counts, "min_similarity": low, "mode": config["mode"],
+            "backbone": step.input("embeddings").facts["backbone"]["name"],
             "hops": step.facts.get("hops", {}), "largest": step.facts.get("largest_component", 0),
-            "histogram": histogram(pairs.histogram, low, "similarity to the nearest reference image"),
-            "groups": groups,
+            "references": [leaks_of(run, step, index, known)
+                           for index, known in enumerate(read_certificates(step).values())],
+            "joined": [] if joined is None else picture_pairs(run, groups_of(joined), pool, pool),
         })  # fmt: skip
     return found
+
+
+def leaks_of(run: Run, step: Artifact, index: int, known: Mapping[str, Any]) -> dict[str, Any]:
+    """One reference: its certificate, the charts of it, and the dropped images that are nearest to it."""
+    low, pool = known["min_similarity"], run.pool(step)
+    reference = run.pool(step.input(f"reference.{known['reference']}"))
+    pairs = gather_pairs(run, step, "near_row", low, index)
+    groups = picture_pairs(run, groups_of(pairs), reference, pool)
+    charts = [certified(known), histogram(pairs.histogram, low, "similarity to the nearest reference image")]
+    return {"certificate": known, "pool": run.name(reference), "charts": charts, "groups": groups}
+
+
+def certified(known: Mapping[str, Any]) -> Any:
+    """How near the pool came to each reference image, from the first bin with one on."""
+    counts = known["histogram"]
+    first = next((i for i, n in enumerate(counts) if n), 0)
+    low = first / len(counts)
+    what = "best similarity of each reference image in the pool"
+    alt = f"Histogram of the {what}: {sum(counts)} images of {known['reference']}, from {low:g} to 1"
+    ticks = [f"{low:g}", f"{(low + 1) / 2:g}", "1"]
+    return drawings.bar_chart([("before", counts[first:])], ticks, what, alt) if any(counts) else ""
 
 
 def picture_pairs(
@@ -94,17 +113,19 @@ def picture_pairs(
     ]  # fmt: skip
 
 
-def gather_pairs(run: Run, step: Artifact, column: str, low: float) -> Pairs:
-    """The shown pairs of a step."""
+def gather_pairs(run: Run, step: Artifact, column: str, low: float, reference: int | None = None) -> Pairs:
+    """The shown pairs of a step; of one ``reference``, by its index, the dropped rows that are nearest to it."""
     n = run.config.n_pairs
-    work = partial(part_pairs, step=step, column=column, low=low, n=n, seed=run.config.seed)
+    work = partial(part_pairs, step=step, column=column, low=low, n=n, seed=run.config.seed, reference=reference)
     total = Pairs(np.zeros(N_BINS, np.int64), [], [], [])
     for pairs in run.executor.map(work, range(len(step.parts))):
         total = merge_pairs(total, pairs, n)
     return total
 
 
-def part_pairs(index: int, step: Artifact, column: str, low: float, n: int, seed: int) -> Pairs:
+def part_pairs(
+    index: int, step: Artifact, column: str, low: float, n: int, seed: int, reference: int | None = None
+) -> Pairs:
     """The dropped rows of one part: the n most and least similar and n drawn ones.
 
     ``column`` says which row each was dropped for; of ``through``, which joins images to a component, the similarity is
@@ -112,6 +133,8 @@ def part_pairs(index: int, step: Artifact, column: str, low: float, n: int, seed
     """
     table = read_table(step.part(index))
     table = table.filter(pc.invert(table["kept"]))
+    if reference is not None:
+        table = table.filter(pc.equal(table["reference"], reference))
     if "hops" in table.column_names:
         table = table.filter(pc.greater(table["hops"], 1) if column == "through" else pc.equal(table["hops"], 1))
     luck = np.random.default_rng([seed, index]).random(table.num_rows)

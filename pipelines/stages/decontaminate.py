@@ -1,35 +1,50 @@
-"""``decontaminate``: drop what is near a reference pool, such as an evaluation set, or joined to what is."""
+"""``decontaminate``: drop what is near a reference pool, such as an evaluation set, or joined to what is.
 
-from collections.abc import Mapping
+Any number of references in one step; each gets a certificate (``certificate``).
+"""
+
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
-from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, pool_of, read_table
+from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, read_table
 from curation.decontaminate import DecontaminateConfig
 from curation.execute import Executor
 from curation.selection import carried_count, write_selection
 from pipelines.errors import UserError
-from pipelines.stage import SELECTIONS, Inputs, Output, Stage, Step
+from pipelines.stage import SELECTIONS, Inputs, Output, Stage, Step, listed
+from pipelines.stages.certificate import certify
 from pipelines.stages.dedup import check_drop
-from pipelines.stages.hops import Job, Part, columns_of, hop_folder, looked_at, measure, reach
+from pipelines.stages.hops import hop_folder, measure, reach
 from pipelines.stages.mix import check_unmixed, refuse_mixes
-from pipelines.stages.neighbors import Base, based_parts, nearest_in_base
+from pipelines.stages.neighbors import based_parts
+from pipelines.stages.references import Job, Part, Reference, looked_at, nearest_images, references_of
 
 
 def check(name: str, config: DecontaminateConfig, inputs: Mapping[str, Step]) -> None:
-    """Neighbors that fit the mode and the similarity, no mix with shares. Raises UserError before anything runs."""
+    """References that are not the pool, neighbors that fit the mode and the similarity, no mix with shares.
+
+    Raises UserError before anything runs.
+    """
     refuse_mixes(name, inputs)
+    if inputs["embeddings"].name in config.references:
+        raise itself(name, inputs["embeddings"].name)
     near = inputs.get("neighbors")
     if near is not None:
         check_edges_fit(name, config, None if near.config is None else near.config.min_similarity)
 
 
 def run(config: DecontaminateConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
-    """Write kept, and the nearest reference row with its similarity (null if there is none), for every row looked at.
+    """Write kept, and the nearest reference image with its similarity, for every row looked at.
 
-    With a ``selection`` its rows alone are looked at: edges through other rows do not count, and its counts go on.
+    Columns: row, kept; near_row (int64, position of that image in the pool of its reference), similarity (float32) and
+    reference (int32, index of that reference in the facts' list of names); ties go to the first reference, then to the
+    lowest row. Beside the parts stand a certificate of every reference and its tables, see ``certificate``.
+
+    With a ``selection`` its rows alone are looked at: edges through other rows do not count, but what is near a row
+    that it left out is near the copies of that row that it kept. Its counts go on.
     Selected rows that ``embed`` could not decode are bad: counted, and not in the result.
 
     Mode ``component`` adds hops (int32; 1: near a reference image, 2: near such a row, ...; 0: kept), through (int64,
@@ -40,34 +55,58 @@ def run(config: DecontaminateConfig, inputs: Inputs, out: Output, executor: Exec
     ``min_similarity``; pairs of reference images do not join.
     """
     embeddings: Artifact = inputs["embeddings"]
-    reference: Artifact = inputs["reference"]
+    artifacts = listed(inputs, "reference", config.references)
     job = Job(config, embeddings, inputs.get("neighbors"), inputs.get("selection"), out.location)
     check_unmixed("decontaminate.selection", job.before)
-    check_same_backbone(embeddings, reference)
     check_edges(job)
-    base = based_parts(reference)
+    check_references(job, artifacts)
+    references, n_images = references_of(config.references, artifacts)
     parts = [Part(i, start, part) for i, (start, part) in enumerate(based_parts(embeddings))]
     names = [[part_name(part.number)] for part in parts]
-    also = ""
+    also, of_each = "", None
     if config.mode == "direct":
-        out.make(partial(decide_part, job=job), parts, names, shared={"reference": base})
+        out.make(partial(decide_part, job=job), parts, names, shared={"references": references})
     else:
-        parts, frontiers = reach(job, parts, base, out, executor)
-        also = measure(job, parts, frontiers, base, int(pool_of(reference).starts[-1]), out, executor)
+        parts, frontiers = reach(job, parts, references, out, executor)
+        also, of_each = measure(job, parts, frontiers, references, n_images, out, executor)
         out.make(partial(write_part, job=job), parts, names)
     counts = {"rows": 0, "kept": 0, "dropped": 0, "bad": 0, **add_counts(file.counts for file in out.files)}
     check_drop(config.max_drop_fraction, counts, out.artifact, sorted(file.name for file in out.files), also)
+    certify(job, parts, references, artifacts, of_each, counts, out, executor)
     return counts
 
 
-def check_same_backbone(embeddings: Artifact, reference: Artifact) -> None:
-    """Similarities between vectors of different models mean nothing."""
-    a, b = embeddings.facts["backbone"], reference.facts["backbone"]
-    if a != b:
-        raise UserError(
-            f"embeddings and reference must come from one backbone: got {a['name']} and {b['name']}",
-            "embed both pools with the same backbone",
-        )
+def check_references(job: Job, artifacts: Sequence[Artifact]) -> None:
+    """References with images, other than the pool, with vectors that can be compared with its own. Raises UserError."""
+    mine = job.embeddings.facts
+    for name, reference in zip(job.config.references, artifacts, strict=True):
+        if not reference.starts[-1]:
+            raise UserError(
+                f"decontaminate.reference must have images that were embedded: {name} has none",
+                "fill its pool, or leave it out: nothing can be said of an empty one",
+            )
+        if reference.digest == job.embeddings.digest:
+            raise itself("decontaminate", name)
+        theirs = reference.facts
+        if theirs["backbone"] != mine["backbone"]:
+            raise UserError(
+                f"embeddings and reference must come from one backbone: got {mine['backbone']['name']} and "
+                f"{theirs['backbone']['name']} for {name}",
+                "embed both pools with the same backbone",
+            )
+        if theirs["width"] != mine["width"]:
+            raise UserError(
+                f"embeddings and reference must have one width: got {mine['width']} and {theirs['width']} for {name}",
+                "embed both pools with the same backbone",
+            )
+
+
+def itself(name: str, reference: str) -> UserError:
+    """The sentence for a pool that is its own reference."""
+    return UserError(
+        f"{name}.reference must be other images than those looked at: got {reference}, the pool itself",
+        "every image would be dropped as near itself; name the embeddings of the evaluation set",
+    )
 
 
 def check_edges(job: Job) -> None:
@@ -99,15 +138,13 @@ def check_edges_fit(name: str, config: DecontaminateConfig, lowest: float | None
         )
 
 
-def decide_part(part: Part, job: Job, reference: Base) -> FileInfo:
+def decide_part(part: Part, job: Job, references: Sequence[Reference]) -> FileInfo:
     """The rows of one part, each by its own nearest reference image."""
     rows, x, bad = looked_at(part, job)
-    best = nearest_in_base(x, reference, 1)
-    kept = ~(best.similarity[:, 0] >= np.float32(job.config.min_similarity))
+    nearest = nearest_images(part, job, rows, x, references)
+    kept = ~(nearest.similarity >= np.float32(job.config.min_similarity))
     count = carried_count(job.before, part.number, rows, kept)
-    return write_selection(
-        job.out / part_name(part.number), rows, kept, bad, **columns_of(best, "near_row", "similarity"), **count
-    )
+    return write_selection(job.out / part_name(part.number), rows, kept, bad, **nearest.columns(), **count)
 
 
 def write_part(part: Part, job: Job) -> FileInfo:
@@ -128,8 +165,7 @@ def write_part(part: Part, job: Job) -> FileInfo:
         rows,
         hops == 0,
         {"bad": part.bad, "direct": int((hops == 1).sum()), "transitive": int((hops > 1).sum())},
-        near_row=table["near_row"],
-        similarity=table["similarity"],
+        **{name: table[name] for name in ("near_row", "similarity", "reference")},
         hops=pa.array(hops),
         through=pa.array(through, mask=hops < 2),
         through_similarity=pa.array(similarity, mask=hops < 2),
@@ -138,10 +174,11 @@ def write_part(part: Part, job: Job) -> FileInfo:
 
 
 STAGE = Stage(
-    version=2,
+    version=3,
     config=DecontaminateConfig,
     run=run,
-    reads={"embeddings": ("embed",), "reference": ("embed",)},
+    reads={"embeddings": ("embed",)},
+    lists={"reference": ("embed",)},
     through=("embeddings.pool", "reference.pool"),
     optional={"selection": SELECTIONS, "neighbors": ("neighbors",)},
     check=check,

@@ -1,30 +1,31 @@
 """Mode ``component`` of ``decontaminate``: outward from the rows near a reference image, hop by hop.
 
 With the input ``neighbors`` the hops go along its edges, in both directions. Without it each hop is an exact search
-with the rows of the last one as reference, so a row has as many edges as it has near rows. Both give the same where
-no list of neighbours is cut. What a hop leaves lies in scratch files, part by part:
+with the rows of the last one as reference, so a row has as many edges as it has near rows. Both reach the same rows
+where no list of neighbours is cut; a copy, whose one edge leads to the lowest row that it is equal to, is reached
+along the edges one hop after that row. What a hop leaves lies in scratch files, part by part:
 
-    direct/part-*        every row looked at: row, near_row, similarity
+    direct/part-*        every row looked at: row, near_row, similarity, reference (more is in ``references``)
     hop-<h>/part-*       rows that hop h reached, from where, and their vectors where something is to search them
-    sent/, arrived/      with ``neighbors``: every edge as its other end sees it, shuffled to the part of that end
+    sent/, arrived/      with ``neighbors``: every edge as its other end sees it, shuffled to the part of that end; with
+                         a selection too see ``stand_ins``
     frontier-<h>/part-*  without: the vectors of hop h in files of one size
     joined/              the spanning forests of what is dropped, and of the reference images it is near to
-    components/          those joined, and counted: see ``connect``
+    components/          those joined, and counted: see ``connect``; touched/: which references each has images of
 """
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from curation.artifact import Artifact, Counts, FileInfo, by_name, part_name, pool_of, read_table, write_table
+from curation.artifact import FileInfo, by_name, part_name, pool_of, write_table
 from curation.decontaminate import (
     EDGE,
-    DecontaminateConfig,
     edge_records,
     forest_of_pairs,
     is_among,
@@ -34,53 +35,16 @@ from curation.decontaminate import (
 from curation.embeddings import EmbeddingsPart, covered_rows, embeddings_table, read_embeddings
 from curation.execute import Executor
 from curation.neighbors import Neighbors
-from curation.selection import read_selection, rows_among
+from curation.selection import rows_among
 from curation.shuffle import read_shuffle, write_shuffle
-from curation.store import Location
-from pipelines.rows import rows_covered
-from pipelines.stage import SCRATCH, Output, make_aside
+from pipelines.stage import Output, make_aside
 from pipelines.stages.connect import connect, count_components, even_ranges, raw_name, raw_names, write_pairs
 from pipelines.stages.neighbors import Base, nearest_in_base
+from pipelines.stages.references import Job, Part, Reference, images_of, looked_at, nearest_images
+from pipelines.stages.stand_ins import edges_in, hand_on, own_edges
+from pipelines.stages.touched import Touched, count_touched
 
 FRONTIER_ROWS = 65_536  # vectors of a frontier file, unless one part gives more
-EDGES_AT_ONCE = 1 << 20  # edges of a part in memory
-
-
-class Job(NamedTuple):
-    """What every task needs to know."""
-
-    config: DecontaminateConfig
-    embeddings: Artifact
-    edges: Artifact | None  # of a neighbors step
-    before: Artifact | None  # the selection
-    out: Location
-
-    def aside(self, folder: str, name: str) -> Location:
-        """A scratch file."""
-        return self.out / SCRATCH / folder / name
-
-
-class Part(NamedTuple):
-    """A part of the pool on its way through the hops."""
-
-    number: int
-    start: int  # position of its first row in the pool
-    vectors: EmbeddingsPart
-    hops: tuple[int, ...] = ()  # those that reached a row of it
-    bad: int = 0  # selected rows that were not decoded
-
-
-def looked_at(part: Part, job: Job) -> tuple[np.ndarray, np.ndarray, Counts]:
-    """Rows int32 (n,), their vectors float32 (n, d), and how many selected rows were not decoded."""
-    rows, x = part.vectors.read()
-    if job.before is None:
-        return rows, x, {}
-    bad: Counts = {}
-    chosen = read_selection(job.before.part(part.number)).rows
-    undecoded = np.isin(chosen, covered_rows(job.embeddings.part(part.number, "rejected")))
-    if undecoded.any():
-        bad, chosen = {"bad": int(undecoded.sum())}, chosen[~undecoded]
-    return chosen, x[rows_covered(chosen, rows, job.embeddings, job.before)], bad
 
 
 def columns_of(best: Neighbors, row_id: str, similarity: str) -> dict[str, pa.Array]:
@@ -93,12 +57,12 @@ def columns_of(best: Neighbors, row_id: str, similarity: str) -> dict[str, pa.Ar
 
 
 def reach(
-    job: Job, parts: Sequence[Part], reference: Base, out: Output, executor: Executor
+    job: Job, parts: Sequence[Part], references: Sequence[Reference], out: Output, executor: Executor
 ) -> tuple[list[Part], list[Base]]:
     """Go outward until a hop reaches nothing new. Returns the parts with the hops that reached them, and the
     vectors of each hop as a base (with ``neighbors`` none)."""
     out.facts["hops"] = {}
-    looked = make_tables(partial(look_part, job=job), parts, "direct", out, executor, {"reference": reference})
+    looked = make_tables(partial(look_part, job=job), parts, "direct", out, executor, {"references": references})
     parts = [part._replace(bad=file.counts.get("bad", 0)) for part, file in zip(parts, looked, strict=True)]
     n_new, frontiers, hop = counts_of(looked), list[Base](), 1
     if job.edges is not None and any(n_new):
@@ -144,14 +108,14 @@ def hop_folder(hop: int) -> str:
     return f"hop-{hop:04d}"
 
 
-def look_part(part: Part, job: Job, reference: Base) -> FileInfo:
+def look_part(part: Part, job: Job, references: Sequence[Reference]) -> FileInfo:
     """The nearest reference image of every row looked at, and those that are near one as hop 1."""
     rows, x, bad = looked_at(part, job)
-    best = nearest_in_base(x, reference, 1)
-    hit = best.similarity[:, 0] >= np.float32(job.config.min_similarity)
+    nearest = nearest_images(part, job, rows, x, references)
+    hit = nearest.similarity >= np.float32(job.config.min_similarity)
     nowhere = Neighbors.none_yet(int(hit.sum()), 1)
     write_hop(part, job, 1, rows[hit], nowhere, x[hit])
-    table = pa.table({"row": pa.array(rows, pa.int32()), **columns_of(best, "near_row", "similarity")})
+    table = pa.table({"row": pa.array(rows, pa.int32()), **nearest.columns()})
     return write_table(job.aside("direct", part_name(part.number)), table, {"reached": int(hit.sum()), **bad})
 
 
@@ -231,20 +195,12 @@ def read_hop(part: Part, job: Job, hop: int) -> tuple[np.ndarray, np.ndarray]:
 
 def turn_edges(job: Job, parts: Sequence[Part], out: Output, executor: Executor) -> None:
     """Shuffle every edge to the part of its other end: a row in the list of another is its neighbour too."""
-    starts = np.array([part.start for part in parts], np.int64)
-    send = partial(send_edges, job=job)
-    make_aside(send, parts, raw_names(parts), out.scratch("sent"), executor, {"starts": starts})
+    starts, names = np.array([part.start for part in parts], np.int64), raw_names(parts)
+    make_aside(partial(send_edges, job=job), parts, names, out.scratch("sent"), executor, {"starts": starts})
     gather = partial(gather_edges, job=job, n_parts=len(parts))
-    make_aside(gather, parts, raw_names(parts), out.scratch("arrived"), executor)
-
-
-def own_edges(part: Part, job: Job) -> np.ndarray:
-    """EDGE (m,): the edges that start in a part, from the threshold of this step on."""
-    assert job.edges is not None, "asked for with neighbors alone"
-    table = read_table(job.edges.part(part.number))
-    similarity = table["similarity"].to_numpy()
-    near = similarity >= np.float32(job.config.min_similarity)
-    return edge_records(table["row"].to_numpy()[near], table["near_row"].to_numpy()[near], similarity[near])
+    make_aside(gather, parts, names, out.scratch("arrived"), executor)
+    if job.before is not None:
+        hand_on(job, parts, starts, out, executor)
 
 
 def send_edges(part: Part, job: Job, starts: np.ndarray) -> None:
@@ -264,11 +220,10 @@ def gather_edges(part: Part, job: Job, n_parts: int) -> None:
 
 
 def arrived_edges(part: Part, job: Job) -> Iterator[np.ndarray]:
-    """EDGE (<= EDGES_AT_ONCE,): what ``gather_edges`` wrote. A row may be in more lists than fit into memory."""
-    location = job.aside("arrived", raw_name(part.number))
-    step = EDGES_AT_ONCE * EDGE.itemsize
-    for offset in range(0, location.entry().size, step):
-        yield np.frombuffer(location.read(offset, step), EDGE)
+    """EDGE, some at a time: what arrived at a part, and what was handed on to stand-ins and from them."""
+    yield from edges_in(part, job, "arrived")
+    if job.before is not None:
+        yield from edges_in(part, job, "here")
 
 
 def ids_of_part(part: Part, job: Job, hop: int) -> np.ndarray:
@@ -297,36 +252,39 @@ def measure(
     job: Job,
     parts: Sequence[Part],
     frontiers: Sequence[Base],
-    reference: Base,
+    references: Sequence[Reference],
     n_images: int,
     out: Output,
     executor: Executor,
-) -> str:
-    """Count the dropped components, into the facts. Returns the words for a step that drops too much.
+) -> tuple[str, list[Touched]]:
+    """Count the dropped components, into the facts. Returns the words for a step that drops too much, and what is
+    dropped for each reference.
 
-    n_images: rows of the reference's pool.
+    n_images: rows of the pools of all references.
     """
     n_hops, sizes = len(out.facts["hops"]), (0, 0)
+    of_each = [Touched(0, 0, 0) for _ in references]
     touched = [part for part in parts if part.hops]
     if touched:
         n_rows = int(pool_of(job.embeddings).starts[-1])
-        shared = {"frontiers": frontiers, "reference": reference}
-        join = partial(join_part, job=job, n_rows=n_rows)
+        images = [(start + n_rows, vectors) for start, vectors in images_of(references)]
+        join = partial(join_part, job=job)
         names = raw_names(touched)
-        make_aside(join, touched, names, out.scratch("joined"), executor, shared)
+        make_aside(join, touched, names, out.scratch("joined"), executor, {"frontiers": frontiers, "images": images})
         folder, ranges = out.scratch("components"), even_ranges(n_rows + n_images)
         connect(folder, [out.scratch("joined") / name for name in names], ranges, executor)
         sizes = count_components(folder, ranges, n_rows, executor)
+        firsts = np.array([reference.first + n_rows for reference in references], np.int64)
+        of_each = count_touched(folder, ranges, firsts, executor)
     out.facts |= {"n_components": sizes[0], "largest_component": sizes[1]}
-    return f", in {sizes[0]} components, the largest of {sizes[1]} rows, reached in {n_hops} hops"
+    return f", in {sizes[0]} components, the largest of {sizes[1]} rows, reached in {n_hops} hops", of_each
 
 
-def join_part(part: Part, job: Job, n_rows: int, frontiers: Sequence[Base], reference: Base) -> None:
-    """The spanning forest of the dropped rows of one part and what they are joined to; images of the reference
+def join_part(part: Part, job: Job, frontiers: Sequence[Base], images: Base) -> None:
+    """The spanning forest of the dropped rows of one part and what they are joined to; images of the references
     stand behind the rows of the pool."""
     rows = rows_by_edges(part, job) if job.edges is not None else rows_by_search(part, job, frontiers)
-    images = near_ids(part, job, 1, [(start + n_rows, vectors) for start, vectors in reference])
-    forest = forest_of_pairs(chain(rows, images if 1 in part.hops else []))
+    forest = forest_of_pairs(chain(rows, near_ids(part, job, 1, images) if 1 in part.hops else []))
     write_pairs(job.aside("joined", raw_name(part.number)), forest)
 
 

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from curation.artifact import Artifact
 from pipelines.rows import place_in_parts, vectors_of_part
+from pipelines.stages.certificate import nearest_name
 from pipelines.why.chain import MAX_REACHED, Hop, shortest_chain
 from pipelines.why.find import Image
 from pipelines.why.run import (
@@ -20,7 +21,6 @@ from pipelines.why.run import (
     counted,
     decisions,
     matching_rows,
-    number,
     picture,
     picture_text,
     row_of,
@@ -49,22 +49,30 @@ def tell_dedup(run: Run, step: Artifact, image: Image) -> Iterator[Told]:
     """Which image of a group of near copies stayed, and how this one is joined to it."""
     rule = step.manifest["config"].get("rule", "component")
     for seat, decision in decisions(run, step, image):
-        if decision["near_row"] is None:
+        if decision["kept"] and decision["near_row"] is None and not any_dropped_for(run, step, seat):
             yield Told("kept", "it has no near copy", {"rule": rule}, [])
-        elif rule == "component":
-            yield tell_component(run, step, seat, decision)
-        else:
-            yield tell_earlier(run, step, seat, decision)
+            continue
+        told = tell_component(run, step, seat, decision) if rule == "component" else None
+        told = told or tell_ranked(run, step, seat, decision, rule)
+        if decision.get("retracted"):
+            told = told._replace(text=f"{told.text}; it was kept before later images came")
+        yield told
 
 
-def tell_earlier(run: Run, step: Artifact, seat: Seat, decision: Mapping[str, Any]) -> Told:
-    """Rule ``semdedup``: the nearest image that comes before this one, or those that this one is the nearest of."""
+def any_dropped_for(run: Run, step: Artifact, seat: Seat) -> bool:
+    """Whether an image was dropped for one; that it may be without an edge of its own, by an edge of the other."""
+    return dropped_rows(run, step, "representative", seat.position)[0] > 0
+
+
+def tell_ranked(run: Run, step: Artifact, seat: Seat, decision: Mapping[str, Any], rule: str) -> Told:
+    """Rules ``greedy`` and ``semdedup``: the image that this one was dropped for, or those dropped for it."""
     pool, keep = run.pool(step), step.manifest["config"]["keep"]
     if decision["kept"]:
         n, first = dropped_rows(run, step, "representative", seat.position)
         dropped = [picture(run, pool, position) for position in first]
-        text = f"no image near it comes before it ({keep}); {counted(n, 'image was', 'images were')} dropped for it"
-        facts = {"rule": "semdedup", "keep": keep, "n_dropped": n, "dropped": dropped}
+        which = "no image that stays and is near it" if rule == "greedy" else "no image near it"
+        text = f"{which} comes before it ({keep}); {counted(n, 'image was', 'images were')} dropped for it"
+        facts = {"rule": rule, "keep": keep, "n_dropped": n, "dropped": dropped}
         return Told("kept", text, facts, [f"dropped for it: {picture_text(shown)}" for shown in dropped])
     position = decision["representative"]
     part, row = place_in_parts(position, pool)
@@ -73,21 +81,28 @@ def tell_earlier(run: Run, step: Artifact, seat: Seat, decision: Mapping[str, An
     earlier = {**picture(run, pool, position), "similarity": similarity, "kept": stays}
     what = "stays" if stays else "was dropped too"
     text = f"near copy of {earlier['name']}, which comes before it ({keep}) and {what} (similarity {similarity:.6g})"
-    facts = {"rule": "semdedup", "keep": keep, "representative": earlier}
+    facts = {"rule": rule, "keep": keep, "representative": earlier}
     return Told("dropped", text, facts, [f"{what}: {picture_text(earlier)}"])
 
 
 def tell_component(run: Run, step: Artifact, seat: Seat, decision: Mapping[str, Any]) -> Told:
-    """Rule ``component``: the image that stays of all that near copies join."""
-    stayed = decision["representative"]
+    """Rule ``component``: the image that stays of all that near copies join, or of those of them that are like it."""
+    stayed, max_chain = decision["representative"], step.manifest["config"].get("max_chain", 0)
     sizes = count_rows(run, step, "representative", stayed)
     n = sum(sizes.values())
     facts: dict[str, Any] = {"rule": "component", "component_images": n}
-    if not decision["kept"]:
-        return tell_copy(run, step, seat, decision, facts, [part for part, some in sizes.items() if some])
+    if max_chain:
+        facts["max_chain"] = max_chain
+    if not decision["kept"]:  # a chain may lead through what max_chain has cut off, wherever that is
+        parts = range(len(step.parts)) if max_chain else [part for part, some in sizes.items() if some]
+        return tell_copy(run, step, seat, decision, facts, parts)
     _, first = dropped_rows(run, step, "representative", stayed)
     facts["dropped"] = [picture(run, run.pool(step), position) for position in first]
     text = f"the one that stays of {counted(n, 'image')} joined by near copies"
+    if max_chain and n > 1:
+        text += f" and at least {max_chain:g} similar to it"
+    elif max_chain:
+        text = f"no image that near copies join to it and that stays before it is at least {max_chain:g} similar to it"
     return Told("kept", text, facts, [f"dropped for it: {picture_text(shown)}" for shown in facts["dropped"]])
 
 
@@ -99,18 +114,17 @@ def tell_copy(
     pool, stayed = run.pool(step), decision["representative"]
     similarity = cosine(run, near.input("embeddings"), (pool, seat.position), (pool, stayed))
     representative = {**picture(run, pool, stayed), "similarity": similarity}
-    strongest = {**picture(run, pool, decision["near_row"]), "similarity": decision["similarity"]}
     chain = shortest_chain(near, pool.starts, parts, seat.position, stayed, run.executor)
-    facts |= {"representative": representative, "strongest": strongest, "keep": step.manifest["config"]["keep"]}
+    facts |= {"representative": representative, "keep": step.manifest["config"]["keep"]}
     facts["chain"] = None if chain is None else shown_chain(run, pool, chain)
     directly = chain is not None and len(chain) == 1
     how = "near copy of" if directly else "joined by a chain of near copies to"
     text = f"{how} {representative['name']}, which stays (similarity {similarity:.6g})"
-    details = [
-        f"stays ({facts['keep']}): {picture_text(representative)}",
-        f"strongest: {decision['similarity']:.6g}  {picture_text(strongest)}",
-        f"component: {counted(facts['component_images'], 'image')}",
-    ]
+    details = [f"stays ({facts['keep']}): {picture_text(representative)}"]
+    if decision["near_row"] is not None:  # null when it is in the lists of others alone
+        facts["strongest"] = {**picture(run, pool, decision["near_row"]), "similarity": decision["similarity"]}
+        details.append(f"strongest: {decision['similarity']:.6g}  {picture_text(facts['strongest'])}")
+    details.append(f"component: {counted(facts['component_images'], 'image')}")
     if chain is None:
         details.append(f"the chain is not told: it leads through more than {MAX_REACHED:,} images")
     elif not directly:
@@ -144,29 +158,39 @@ def dropped_rows(
 
 
 def tell_decontaminate(run: Run, step: Artifact, image: Image) -> Iterator[Told]:
-    """How near the image is to a reference pool; or what it was the reference for."""
-    config = step.manifest["config"]
-    reference, low = run.pool(step.input("reference")), config["min_similarity"]
+    """How near the image is to the references; or what it was the reference for, and what of the pool is nearest."""
+    names: list[str] = step.facts["references"]
+    pools = [run.pool(step.input(f"reference.{name}")) for name in names]
     for _, decision in decisions(run, step, image):
-        yield tell_leak(run, step, reference, decision)
-    for seat in seats(image, reference):
-        if not any(row_of(step.input("reference").part(seat.part), seat.row)):
-            continue
-        directly = [] if config.get("mode", "direct") == "direct" else [pc.field("hops") == 1]
-        n, first = dropped_rows(run, step, "near_row", seat.position, *directly)
-        dropped = [picture(run, run.pool(step), position) for position in first]
-        text = f"{counted(n, 'image was', 'images were')} dropped because of it"
-        facts = {"n_dropped": n, "dropped": dropped, "min_similarity": low}
-        yield Told("reference", text, facts, [picture_text(shown) for shown in dropped])
+        yield tell_leak(run, step, pools, decision)
+    for index, name in enumerate(names):
+        for seat in seats(image, pools[index]):
+            for nearest in row_of(step.location / nearest_name(name, seat.part), seat.row):
+                yield tell_reference(run, step, index, seat, nearest)
 
 
-def tell_leak(run: Run, step: Artifact, reference: Artifact, decision: Mapping[str, Any]) -> Told:
-    """The nearest reference image, and the chain that leads to one in component mode."""
-    low, similarity = step.manifest["config"]["min_similarity"], number(decision["similarity"])
+def tell_reference(run: Run, step: Artifact, index: int, seat: Seat, nearest: Mapping[str, Any]) -> Told:
+    """What was dropped because of an image of one reference, and which row of the pool is nearest to it."""
+    low = step.manifest["config"]["min_similarity"]
+    own = [pc.field("reference") == index]
+    own += [] if step.manifest["config"]["mode"] == "direct" else [pc.field("hops") == 1]
+    n, first = dropped_rows(run, step, "near_row", seat.position, *own)
+    dropped = [picture(run, run.pool(step), position) for position in first]
+    facts: dict[str, Any] = {"reference": step.facts["references"][index], "n_dropped": n, "dropped": dropped}
+    facts |= {"min_similarity": low, "similarity": nearest["similarity"]}
+    details = [picture_text(shown) for shown in dropped]
+    if nearest["near_row"] is not None:
+        facts["nearest"] = picture(run, run.pool(step), nearest["near_row"])
+        details.append(f"nearest image of the pool: {nearest['similarity']:.6g}  {picture_text(facts['nearest'])}")
+    return Told("reference", f"{counted(n, 'image was', 'images were')} dropped because of it", facts, details)
+
+
+def tell_leak(run: Run, step: Artifact, references: Sequence[Artifact], decision: Mapping[str, Any]) -> Told:
+    """The nearest image of all references, and the chain that leads to one in component mode."""
+    low, similarity = step.manifest["config"]["min_similarity"], decision["similarity"]
     facts: dict[str, Any] = {"min_similarity": low, "similarity": similarity}
-    if decision["near_row"] is None or similarity is None:
-        return Told("kept", "there is no reference image", facts, [])
-    nearest = picture(run, reference, decision["near_row"])
+    facts["reference"] = step.facts["references"][decision["reference"]]
+    nearest = picture(run, references[decision["reference"]], decision["near_row"])
     facts["nearest"] = nearest
     nearest_text = f"nearest reference image: {similarity:.6g}  {picture_text(nearest)}"
     if decision["kept"]:
@@ -175,16 +199,16 @@ def tell_leak(run: Run, step: Artifact, reference: Artifact, decision: Mapping[s
     if decision.get("hops", 1) == 1:
         text = f"near {nearest['name']} of {nearest['pool']} (similarity {similarity:.6g}, at least {low:g})"
         return Told("dropped", text, facts, [nearest_text])
-    facts |= {"hops": decision["hops"], "chain": chain_to_reference(run, step, reference, decision)}
+    facts |= {"hops": decision["hops"], "chain": chain_to_reference(run, step, references, decision)}
     last = facts["chain"][-1]
     text = f"a chain of {decision['hops']} near pairs leads to {last['name']} of {last['pool']}"
     return Told("dropped", text, facts, [f"  {hop['similarity']:.6g}  {picture_text(hop)}" for hop in facts["chain"]])
 
 
 def chain_to_reference(
-    run: Run, step: Artifact, reference: Artifact, decision: Mapping[str, Any]
+    run: Run, step: Artifact, references: Sequence[Artifact], decision: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """One image a hop, the last of the reference pool, each with its similarity to the one before."""
+    """One image a hop, the last of a reference pool, each with its similarity to the one before."""
     pool = run.pool(step)
     chain = []
     while decision["hops"] > 1:
@@ -192,4 +216,5 @@ def chain_to_reference(
         chain.append({**picture(run, pool, position), "similarity": decision["through_similarity"]})
         part, row = place_in_parts(position, pool)
         decision = next(row_of(step.part(part), row))
-    return [*chain, {**picture(run, reference, decision["near_row"]), "similarity": decision["similarity"]}]
+    last = picture(run, references[decision["reference"]], decision["near_row"])
+    return [*chain, {**last, "similarity": decision["similarity"]}]

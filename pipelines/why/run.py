@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow.compute as pc
 
 from curation.artifact import Artifact, pool_of
@@ -142,11 +141,6 @@ def picture_text(shown: Mapping[str, Any]) -> str:
 def counted(n: int, one: str, several: str | None = None) -> str:
     """``1 image``, ``2 images``."""
     return f"{n:,} {one if n == 1 else several or one + 's'}"
-
-
-def number(x: float | None) -> float | None:
-    """A number that JSON has: None for an infinity, which stands for no neighbour."""
-    return None if x is None or not np.isfinite(x) else float(x)
 
 
 def count_rows(run: Run, step: Artifact, column: str, value: int) -> dict[int, int]:

@@ -36,7 +36,7 @@ def options(entry, place) -> list[str]:
             continue
         is_step = key in {**stage.reads, **stage.optional} or (key in stage.step_or_value and value != "pixels")
         if key in stage.lists:
-            for name in value:
+            for name in [value] if isinstance(value, str) else value:
                 args += [flag(key), place(name)]
         elif isinstance(value, bool):
             args += [flag(key) if value else flag(f"no_{key}")]

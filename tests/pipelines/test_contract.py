@@ -151,6 +151,7 @@ def test_inputs_are_untouched(tiny, without, step):
 
 # Another valid value of a field, where adding one would not give one; of a field with two values, each for the other.
 OTHER = {
+    "decontaminate.reference": ("web_copy",),
     "decontaminate.mode": {"direct": "component", "component": "direct"},
     "union.members": ("exam_copy", "web_copy"),
     "mix.components": ("exam", "balanced", "more"),
@@ -166,10 +167,13 @@ OTHER = {
     "embed.pooling": "mean",
     "embed.decoder": "scaled",
     "embed.precision": "bfloat16",
+    "neighbors.method": "exact",
+    "neighbors.nprobe": 3,
     "dedup.keep": "first",
     "dedup.rule": "semdedup",
     "cluster.n_clusters": (18, 4),
     "cluster.resample_size": (2, 2),
+    "cluster.empty": "split",
     "sample.pick": "closest",
     "retrieve.mode": {"sample": "cluster", "cluster": "sample"},
     "retrieve.seeds": ("web_copy",),

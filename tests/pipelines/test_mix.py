@@ -167,9 +167,10 @@ def test_a_mix_with_shares_is_not_undone(steps, images, tmp_path, stage):
     """In a recipe, and where the mix is only an artifact. Without shares it is a selection like any other."""
     tree = {name: steps_of(images)[name] for name in ("web", "exam", "both", "jpeg", "few")}
     tree["vec"] = {"stage": "embed", "pool": "both", "backbone": "pixels"}
+    tree["exam_vec"] = {**tree["vec"], "pool": "exam"}
     step = {
         "select": {"pool": "both", "selection": "mixed", "where": "width > 9"},
-        "decontaminate": {"embeddings": "vec", "reference": "vec", "selection": "mixed", "min_similarity": 1.0,
+        "decontaminate": {"embeddings": "vec", "reference": "exam_vec", "selection": "mixed", "min_similarity": 1.0,
                           "max_drop_fraction": 1.0},
         "retrieve": {"embeddings": "vec", "seeds": ["vec"], "selection": "mixed", "mode": "sample", "n_neighbors": 2},
         "mix": {"pool": "both", "components": ["few", "mixed"]},

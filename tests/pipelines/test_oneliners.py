@@ -32,7 +32,7 @@ from pipelines.engine import read_root, run_recipe
 from pipelines.errors import TaskError, UserError
 from pipelines.executor import LocalExecutor
 from pipelines.kept import Folder, clean_pieces, plain_name, write_kept
-from pipelines.oneliners import default_clusters
+from pipelines.oneliners import default_clusters, threshold
 from pipelines.recipe import read_recipe
 from pipelines.stages.table import STAGES
 
@@ -133,6 +133,13 @@ def test_a_folder_without_copies(photos, tmp_path, capsys, monkeypatch, part_row
     assert (tmp_path / "kept" / "no suffix").stat().st_mtime == 1_000_000_000
     assert "<html" in Path(said["report"]).read_text() and said["report"] == str(tmp_path / "kept/.openlvd/report.html")
     assert not (tmp_path / "kept" / ".openlvd" / "dropped").exists()
+
+
+def test_descriptors_of_copies_have_a_threshold_of_their_own():
+    assert [threshold(name, None) for name in ("pixels", "phash")] == [0.99, 1 - 2 * 31 / 256]
+    assert threshold("phash", 0.9) == 0.9
+    with pytest.raises(UserError, match="--min-similarity must be given with --backbone some/model: got none"):
+        threshold("some/model", None)
 
 
 def test_the_similarity_is_that_of_the_two_files(photos, tmp_path):
@@ -442,7 +449,7 @@ def test_balanced_shards_of_a_folder(tiny, tmp_path, capsys):
     balance(tiny.images / "web", out, 60)
     told = capsys.readouterr()
     said = json.loads(told.out.splitlines()[-1])
-    assert "pixels know colour and layout, not content" in told.err
+    assert "the descriptor pixels knows layout, not content" in told.err
     shards = Artifact(Location(str(out)))
     assert pool_of(shards).counts["rows"] == said["images_found"]
     moved = Artifact(Location(str(shutil.copytree(out, tmp_path / "a" / "b"))))

@@ -73,8 +73,8 @@ def test_mistakes_are_one_sentence_with_a_hint():
     refused(tree(web={"stage": "pol"}), "known stage: got 'pol'", "did you mean pool?")
     refused(tree(web=3), "web must be a mapping")
     refused(tree(web={"stage": ["pool"]}), "known stage: got ['pool']")
-    refused(tree(web=POOL, vec={**embed, "backbone": "pixel"}), "vec.backbone must be pixels, an earlier train step",
-            "did you mean pixels?")  # fmt: skip
+    refused(tree(web=POOL, vec={**embed, "backbone": "pixel"}),
+            "vec.backbone must be pixels, phash, an earlier train step", "did you mean pixels?")  # fmt: skip
     refused(tree(vec=embed, web=POOL), "vec.pool must name an earlier step: got 'web'")
     refused(tree(web=POOL, vec={"stage": "embed", "backbone": "pixels"}), "vec must name its pool: got none")
     refused(
@@ -171,9 +171,29 @@ FITTING = {
         ("unique", {"keep": "first"}, "unique.hierarchy is for keep farthest or closest: got it with first"),
         ("found", {"level": 2}, "found.level must be below the number of levels, 2: got 2"),
         ("clean", {"mode": "direct"}, "clean.neighbors is read in mode 'component' alone: got it in mode 'direct'"),
+        (
+            "clean",
+            {"reference": ["exam_vec", "vec"]},
+            "clean.reference must be other images than those looked at: got vec",
+        ),
+        (
+            "clean",
+            {"reference": ["exam_vec", "exam_vec"]},
+            "clean.reference must name a step once: got 'exam_vec' twice",
+        ),
+        ("clean", {"reference": []}, "clean.reference must be a list of earlier steps: got []"),
+        ("clean", {"reference": None}, "clean.reference must be a list of earlier steps: got None"),
+        ("clean", {"reference": "exam"}, "clean.reference must name a step of stage embed: got 'exam', a pool step"),
         ("clean", {"min_similarity": 0.8}, "clean.min_similarity must be at least that of its neighbors, 0.9: got 0.8"),
     ],
 )
 def test_what_the_steps_above_rule_out_is_told_when_the_recipe_is_read(step, change, words):
     parse_recipe(tree(**FITTING), STAGES)
     refused(tree(**{**FITTING, step: {**FITTING[step], **change}}), words)
+
+
+def test_one_reference_may_stand_without_a_list():
+    one = parse_recipe(tree(**FITTING), STAGES)
+    assert one == parse_recipe(tree(**{**FITTING, "clean": {**FITTING["clean"], "reference": ["exam_vec"]}}), STAGES)
+    [clean] = [step for step in one.steps if step.name == "clean"]
+    assert clean.config.reference == ("exam_vec",) and clean.inputs["reference.exam_vec"] == "exam_vec"

@@ -9,6 +9,7 @@ from tiny import TRAIN, digit
 
 from curation.artifact import Artifact, read_table
 from curation.store import Location
+from embedding.config import MODEL_FREE
 from pipelines.engine import run_recipe
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import SHIPPED, Recipe, read_recipe
@@ -29,6 +30,7 @@ SIZES: dict[str, list[str]] = {
     "vo2024": ["tree.n_clusters=[40, 20, 10, 4]", "tree.resample_size=[1, 2, 2, 2]", "tree.n_resamples=2",
                "balanced.target=60"],
     "semdedup": ["clusters.n_clusters=[8]"],
+    "dedup_phash": ["fit.n_images=20"],
     "datacomp_image_based": ["clusters.n_clusters=[30]"],
     "clusters10k": ["clusters.n_clusters=[20]", "balanced.target=60"],
 }  # fmt: skip
@@ -63,7 +65,7 @@ def small(name: str, folder: Path) -> Recipe:
     for step, entry in tree["steps"].items():
         if entry["stage"] == "pool":
             overrides += [f"{step}.source={folder / entry['source']}", f"{step}.part_rows=64"]
-        if entry["stage"] == "embed":
+        if entry["stage"] == "embed" and entry["backbone"] not in MODEL_FREE:
             overrides.append(f"{step}.backbone=pixels")
         if entry["stage"] == "train":
             changes = {**TRAIN, "n_registers": 0, "layer_scale": None, "freeze_last_layer_steps": 1,
@@ -156,6 +158,24 @@ def test_semdedup_drops_copies(runs):
     assert 10 <= s["unique"].counts["dropped"] < N_WEB
 
 
+def test_dedup_phash_drops_the_planted_copies(runs):
+    """Those and no more, and of each pair the smaller goes: ten digits are there again, larger and encoded anew."""
+    s = runs["dedup_phash"]
+    kept = kept_sources(s["web"], s["unique"])
+    copied = range(0, 40, 4)
+    assert s["unique"].counts["dropped"] == len(copied)
+    assert all(f"copy-{i:04d}.jpg" in kept and f"{i:04d}.png" not in kept for i in copied)
+    assert s["fit"].facts["backbone"] == s["web_hash"].facts["backbone"]
+
+
+def kept_sources(pool: Artifact, selection: Artifact) -> set[str]:
+    found: set[str] = set()
+    for i in range(len(pool.parts)):
+        kept = read_table(selection.part(i))["kept"]
+        found |= set(read_table(pool.part(i), ["source"]).filter(kept)["source"].to_pylist())
+    return found
+
+
 def test_datacomp_keeps_whole_clusters(runs):
     s = runs["datacomp_image_based"]
     tables = [
@@ -181,5 +201,5 @@ def test_a_recipe_says_what_it_is_and_where_it_is_from(name):
     text = (SHIPPED / f"{name}.yaml").read_text()
     assert text.startswith("# ")
     if name not in OTHERS and name != "clusters10k":
-        assert "arXiv" in text
+        assert ("github.com/facebook/ThreatExchange" if name == "dedup_phash" else "arXiv") in text
     assert all(len(line) <= 120 for line in text.splitlines())

@@ -19,9 +19,11 @@ from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
 from pipelines.report import drawings
 from pipelines.report.classes import balance
+from pipelines.report.groups import group_charts, retracted_text, rule_text, search_text, shape_text
 from pipelines.report.page import build_page
 from pipelines.report.run import ReportConfig, Run
 from pipelines.stage import SELECTIONS
+from pipelines.stages.certificate import read_certificates
 from pipelines.stages.report import STAGE
 from pipelines.stages.table import STAGES
 
@@ -135,6 +137,51 @@ def test_pairs_show_the_similarity_of_the_two_images(tiny, html):
     assert section.count("<img") == 20
 
 
+def test_groups_are_drawn_by_size_and_tightness(tiny, html):
+    groups = tiny.artifact("unique").facts["groups"]
+    section = html[html.index('id="duplicates"') : html.index('id="leaks"')]
+    assert "Of all images that near copies join one stays: most pixels. 10 groups of near copies, the largest of 2" in (
+        section
+    )
+    assert 'aria-label="Groups by size: 2 images: 10"' in section
+    assert f"of 10 groups to what stays of it, from {groups['tightness']['low']:.4g} to 1" in section
+    older = shape_text({}), group_charts({})
+    sampled = groups | {"tightness": groups["tightness"] | {"share": 0.5, "n": 4}}
+    assert older == ("", []) and shape_text({"groups": sampled}).endswith("Their tightness is that of a sample of 4.")
+
+
+def test_how_pairs_were_looked_for_is_told():
+    cells = {"method": "cells", "nlist": 2048, "nprobe": 17, "recall": 0.9971, "recall_edges": 1234}
+    assert search_text(cells) == (
+        "Images were compared in 2,048 cells, each in 17 of them: 99.71 % of 1,234 pairs that an exact search of "
+        "sampled images finds are there."
+    )
+    assert search_text({**cells, "recall": None}).endswith("each in 17 of them; a sample of them has no near image.")
+    assert search_text({"method": "exact"}) == "Every image was compared with every other."
+    assert search_text({"method": "clusters"}) == "Images were compared within clusters alone."
+    assert search_text({}) == retracted_text({"kept": 3}) == ""
+    assert retracted_text({"retracted": 1200}) == "Of the images that were kept before later ones came, 1,200 go now."
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"keep": "first"}, "Of all images that near copies join one stays: first."),
+        (
+            {"rule": "component", "keep": "first", "max_chain": 0.5},
+            "first; those less than 0.5 similar to it are judged",
+        ),
+        (
+            {"rule": "greedy", "keep": "largest_file"},
+            "In the order of largest file an image stays unless it is near one",
+        ),
+        ({"rule": "semdedup", "keep": "farthest"}, "near one before it, whether that one stays or not."),
+    ],
+)
+def test_the_rule_is_told_in_a_sentence(config, words):
+    assert words in rule_text(config)
+
+
 def test_leaks_stand_beside_their_reference_image(tiny, html):
     clean = tiny.artifact("clean")
     section = html[html.index("<h3>clean: ") :]
@@ -157,6 +204,26 @@ def test_components_show_what_joins_an_image_to_a_reference(tiny, html):
     )
     assert f"the largest component has {step.facts['largest_component']} image" in words
     assert "Joined through the left one" in section
+
+
+def test_every_reference_has_its_certificate_its_histogram_and_its_pictures(tiny, html):
+    step = tiny.artifact("clean_searched")
+    section = html[html.index("<h3>clean_searched: ") :]
+    section = section[: section.index("Joined through the left one")]
+    known = read_certificates(step)
+    assert list(known) == ["some_copy", "exam_copy"] == re.findall(r"<p><b>(\w+): ", section)
+    exam, leaks = (
+        tiny.artifact("exam"),
+        [row for i in range(len(step.parts)) for row in read_table(step.part(i)).to_pylist()],
+    )
+    names = [name for i in range(len(exam.parts)) for name in read_table(exam.part(i))["source"].to_pylist()]
+    for index, (shown, one) in enumerate(zip(section.split("<p><b>")[1:], known.values(), strict=True)):
+        assert shown.startswith(one["statement"])
+        assert f"{one['dropped_direct']} were dropped and {one['dropped_transitive']} joined to those" in shown
+        assert f"{one['images']} images of {one['reference']}" in shown
+        theirs = {names[row["near_row"]] for row in leaks if row["hops"] == 1 and row["reference"] == index}
+        pictured = re.findall(r'alt="reference ([^"]*)"', shown)
+        assert pictured and set(pictured) <= theirs
 
 
 def test_retrieval_counts_what_each_seed_set_asked_for_and_got(tiny, html):
@@ -243,7 +310,8 @@ def test_classes_come_from_the_file_of_labels(tiny, page):
 
 
 def test_without_labels_there_are_no_classes(tiny):
-    assert 'id="classes"' not in page_of(artifacts(tiny))
+    unlabelled = {name: step for name, step in artifacts(tiny).items() if name != "some_exam"}  # it selects by label
+    assert 'id="classes"' not in page_of(unlabelled)
 
 
 def test_curves_accuracies_and_backbones_are_those_of_the_artifacts(tiny, html, page):
@@ -315,7 +383,7 @@ def test_a_recipe_without_a_kind_of_step_has_no_such_section(tiny, html):
 def test_pictures_are_bounded_and_can_be_left_out(tiny, html):
     assert len(html) < MAX_BYTES
     few = Page(page_of(artifacts(tiny), n_pairs=1, n_images=2, n_clusters=3, n_rejected=1))
-    n_pair_sections = 1 + 3 + 2 + 2 + 1  # dedup, decontaminate, what components join, retrieve, calibrate
+    n_pair_sections = 1 + 4 + 2 + 2 + 1  # dedup, references, what components join, retrieve, calibrate
     assert len(few.images()) <= 2 * 3 * n_pair_sections + 3 * 2 + 3
     none = Page(page_of(artifacts(tiny), n_pairs=0, n_images=0, n_clusters=0, n_rejected=0, n_classes=0))
     assert not none.images()

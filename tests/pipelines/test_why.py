@@ -74,6 +74,8 @@ def more(tiny, base, tmp_path_factory) -> Path:
         "groups": {"stage": "dedup", "neighbors": "akin", "max_drop_fraction": 1.0, "keep": "first"},
         "ranked": {"stage": "dedup", "neighbors": "akin", "max_drop_fraction": 1.0, "keep": "first",
                    "rule": "semdedup"},
+        "apart": {"stage": "dedup", "neighbors": "akin", "max_drop_fraction": 1.0, "rule": "greedy"},
+        "like": {"stage": "dedup", "neighbors": "akin", "max_drop_fraction": 1.0, "keep": "first", "max_chain": 0.93},
         "closest": {"stage": "sample", "hierarchy": "tree", "target": 40, "pick": "closest"},
         "exam_vec": {"stage": "embed", "pool": "exam", "backbone": "first"},
         "near_exam": {"stage": "retrieve", "mode": "sample", "embeddings": "web_copy", "seeds": ["exam_copy"],
@@ -82,10 +84,10 @@ def more(tiny, base, tmp_path_factory) -> Path:
                           "min_hits": 2, "per_cluster": 3},
         "capped": {"stage": "retrieve", "mode": "cluster", "hierarchy": "tree", "seeds": ["exam_vec", "web_vec"],
                    "min_hits": 2, "max_rows": 1},
-        "no_exam": {"stage": "select", "pool": "exam", "where": "width < 0"},
-        "no_exam_copy": {"stage": "embed", "pool": "exam", "selection": "no_exam", "backbone": "pixels"},
-        "nothing_leaks": {"stage": "decontaminate", "embeddings": "web_copy", "reference": "no_exam_copy",
-                          "min_similarity": 0.9},
+        "some_exam": {"stage": "select", "pool": "exam", "where": "label < '2'"},
+        "some_copy": {"stage": "embed", "pool": "exam", "selection": "some_exam", "backbone": "pixels"},
+        "two_leaks": {"stage": "decontaminate", "embeddings": "web_copy", "reference": ["some_copy", "exam_copy"],
+                      "min_similarity": 0.99},
         "blend": {"stage": "mix", "pool": "both", "components": ["large", "exam"], "homogeneous": {"exam": 0.1},
                   "heterogeneous": {"large": 1.0}},
         "blended": {"stage": "shards", "pool": "both", "selection": "blend", "shard_rows": 20},
@@ -243,6 +245,37 @@ def test_an_image_that_an_earlier_one_drops(more):
     kept = next(row for row in rows if row["kept"] and any(r["representative"] == row["position"] for r in dropped))
     told = said(tell_why(Location(str(more)), keys[kept["position"]])["found"][0], "ranked")
     assert told["n_dropped"] == sum(not r["kept"] and r["representative"] == kept["position"] for r in rows)
+
+
+def test_an_image_that_one_which_stays_drops(more):
+    """By rule greedy what an image is dropped for stays."""
+    rows, keys = rows_of(more, "apart"), [row["key"] for step in ("web", "exam") for row in pool_rows(more, step)]
+    dropped = [row for row in rows if not row["kept"]]
+    for row in dropped[:3]:
+        told = said(tell_why(Location(str(more)), keys[row["position"]])["found"][0], "apart")
+        assert (told["rule"], told["representative"]["key"]) == ("greedy", keys[row["representative"]])
+        assert "which comes before it (most_pixels) and stays (similarity 0.9" in told["text"]
+        back = said(tell_why(Location(str(more)), keys[row["representative"]])["found"][0], "apart")
+        assert back["n_dropped"] == sum(r["representative"] == row["representative"] for r in dropped)
+        assert back["text"].startswith("no image that stays and is near it comes before it (most_pixels); ")
+
+
+def test_an_image_that_max_chain_cuts_off(more):
+    """It stays, or is dropped for another that is like it, with the chain that joins the two."""
+    rows, groups = rows_of(more, "like"), rows_of(more, "groups")
+    keys = [row["key"] for step in ("web", "exam") for row in pool_rows(more, step)]
+    cut = [r for r, g in zip(rows, groups, strict=True) if r["representative"] != g["representative"]]
+    for kept in (True, False):
+        row = next(row for row in cut if row["kept"] == kept)
+        told = said(tell_why(Location(str(more)), keys[row["position"]])["found"][0], "like")
+        assert (told["outcome"], told["max_chain"]) == ("kept" if kept else "dropped", 0.93)
+        n = sum(r["representative"] == row["representative"] for r in rows)
+        assert told["component_images"] == n
+        if kept:
+            assert ("at least 0.93 similar to it" in told["text"]) and (n == 1) == told["text"].startswith("no image")
+        else:
+            assert told["representative"]["similarity"] >= 0.93
+            assert told["chain"][-1]["key"] == keys[row["representative"]]
 
 
 def test_an_image_of_a_union_is_told_where_it_stands_there(more):
@@ -422,9 +455,21 @@ def test_a_cluster_that_qualifies_and_has_no_place_within_the_cap(more):
             assert text == f"fewer than 3 images of any seed pool lie in its cluster {cluster}"
 
 
-def test_without_a_reference_image_nothing_leaks(more):
-    told = said(tell(more, "leak-0150.png"), "nothing_leaks")
-    assert (told["outcome"], told["text"], told["similarity"]) == ("kept", "there is no reference image", None)
+def test_of_several_references_the_nearest_is_named(more):
+    """An image of both is of the first; each reference tells of its own images alone."""
+    web, exam = pool_rows(more, "web"), pool_rows(more, "exam")
+    seen = set()
+    for row in rows_of(more, "two_leaks"):
+        if not row["kept"]:
+            told, theirs = said(tell(more, web[row["position"]]["source"]), "two_leaks"), exam[row["near_row"]]
+            reference = "some_copy" if theirs["label"] < "2" else "exam_copy"
+            assert (told["reference"], told["nearest"]["key"]) == (reference, theirs["key"])
+            backs = [step for step in tell(more, theirs["source"])["steps"] if step["step"] == "two_leaks"]
+            of_each = {back["reference"]: back["n_dropped"] for back in backs}
+            assert of_each == ({"some_copy": 1, "exam_copy": 0} if reference == "some_copy" else {"exam_copy": 1})
+            assert {back["nearest"]["key"] for back in backs} == {web[row["position"]]["key"]}
+            seen.add(reference)
+    assert seen == {"some_copy", "exam_copy"}
 
 
 def test_a_story_of_s3_is_the_same(base, on_s3):

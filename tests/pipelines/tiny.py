@@ -146,13 +146,17 @@ def recipe(folder: Path, part_rows: int = 16) -> dict[str, Any]:
                              "mix_rows": 40},
             "score": {"stage": "evaluate", "backbone": "first", "bank": "exam", "queries": "exam", "n_neighbors": 5},
             "alike": {"stage": "neighbors", "embeddings": "web_copy", "n_neighbors": 200, "min_similarity": 0.9},
+            "near_cells": {"stage": "neighbors", "embeddings": "web_copy", "n_neighbors": 8, "min_similarity": 0.9,
+                           "method": "cells", "nlist": 8, "min_recall": 0.9, "recall_queries": 60},
             "clean_components": {
                 "stage": "decontaminate", "embeddings": "web_copy", "reference": "exam_copy", "neighbors": "alike",
                 "mode": "component", "min_similarity": 0.95,
             },
+            "some_exam": {"stage": "select", "pool": "exam", "where": "label < '2'"},
+            "some_copy": {**pixels, "pool": "exam", "selection": "some_exam"},
             "clean_searched": {
-                "stage": "decontaminate", "embeddings": "web_copy", "reference": "exam_copy", "mode": "component",
-                "min_similarity": 0.95,
+                "stage": "decontaminate", "embeddings": "web_copy", "reference": ["some_copy", "exam_copy"],
+                "mode": "component", "min_similarity": 0.95,
             },
             "scored": {"stage": "score", "embeddings": "web_copy", "head": str(folder / "head.safetensors"),
                        "column": "aesthetic"},
@@ -173,4 +177,4 @@ STEP_OF_STAGE = {
 }  # fmt: skip
 
 # Steps that show the contract on what a stage does in another mode.
-EXTRA_STEPS = ("clean_components", "clean_searched", "liked", "mixed_shards", "near_clusters")
+EXTRA_STEPS = ("clean_components", "clean_searched", "liked", "mixed_shards", "near_cells", "near_clusters")
