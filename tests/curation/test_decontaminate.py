@@ -110,8 +110,8 @@ def test_a_search_both_ways_finds_the_nearest_of_rows_and_of_columns(seed, monke
     for start in [7, 0] if len(x) > 7 else [0]:
         some = slice(start, start + 7 if start == 0 and len(x) > 7 else None)
         of_x = Neighbors.none_yet(len(x[some]), 1)
-        for cut in np.array_split(rng.permutation(len(y)), 3):
-            cut = np.sort(cut)
+        for piece in np.array_split(rng.permutation(len(y)), 3):
+            cut = np.sort(piece)
             part = Neighbors(of_y.row_ids[cut], of_y.similarity[cut])
             of_x, part = merge_both_ways(x[some], y[cut], np.arange(len(x))[some], cut, of_x, part)
             of_y.row_ids[cut], of_y.similarity[cut] = part
