@@ -22,11 +22,13 @@ TRAIN_ITERATIONS = 4  # of k-means: more make cells no better at keeping similar
 DOUBT = 0.05  # that the recall of all pairs is lower than what is concluded from the sampled ones
 MAX_NPROBE = 256  # cells of a row: beyond, a row meets about as many rows as in an exact search
 GROUP_ROWS = 1 << 20  # rows that one task scans, in whole cells
-SLICE_ROWS = 1 << 17  # rows that keep lists at the same time; a cell of more than GROUP_ROWS is cut into such tasks
+SLICE_ROWS = 1 << 17  # rows that keep lists at the same time, unless their lists hold more than ...
+SLICE_PAIRS = 1 << 23  # ... so many pairs, 90 bytes each while they become records; a cell of more than GROUP_ROWS is
+# cut into tasks for one slice
 
 
 class Piece(NamedTuple):
-    """What one task scans: cells [first, last), or of one large cell SLICE_ROWS rows from ``begin`` on against all.
+    """What one task scans: cells [first, last), or of one large cell a slice of rows from ``begin`` on against all.
 
     The rows of a cell count from 0 in the order of the parts.
     """
@@ -82,8 +84,13 @@ def nearest_cells(x: np.ndarray, centroids: np.ndarray, n: int) -> np.ndarray:
     return cells.astype(np.int32)
 
 
-def plan_pieces(sizes: np.ndarray) -> list[Piece]:
-    """Tasks of at most GROUP_ROWS rows each, from the rows of every cell, int64 (nlist,)."""
+def slice_rows(most: int) -> int:
+    """Rows that keep lists of ``most`` pairs at the same time."""
+    return max(1, min(SLICE_ROWS, SLICE_PAIRS // most))
+
+
+def plan_pieces(sizes: np.ndarray, n_slice: int) -> list[Piece]:
+    """Tasks of at most GROUP_ROWS rows each, from the rows of every cell, int64 (nlist,), and those of a slice."""
     pieces: list[Piece] = []
     first, n = 0, 0
     for cell, size in enumerate(sizes.tolist()):
@@ -92,7 +99,7 @@ def plan_pieces(sizes: np.ndarray) -> list[Piece]:
             first, n = cell, 0
         n += size
         if size > GROUP_ROWS:
-            begins = range(0, size, SLICE_ROWS)
+            begins = range(0, size, n_slice)
             pieces += [Piece(len(pieces) + i, cell, cell + 1, begin) for i, begin in enumerate(begins)]
             first, n = cell + 1, 0
     if n:
@@ -146,10 +153,10 @@ class Rows(NamedTuple):
             return (none, self) if not before.any() else (self, none)
         return Rows(self.ids[before], self.signatures[before]), Rows(self.ids[~before], self.signatures[~before])
 
-    def slices(self) -> Iterator["Rows"]:
-        """At most SLICE_ROWS at a time."""
-        for start in range(0, len(self.ids), SLICE_ROWS):
-            at = slice(start, start + SLICE_ROWS)
+    def slices(self, n_rows: int) -> Iterator["Rows"]:
+        """At most so many at a time."""
+        for start in range(0, len(self.ids), n_rows):
+            at = slice(start, start + n_rows)
             yield Rows(self.ids[at], self.signatures[at])
 
 
@@ -160,8 +167,8 @@ def near_in_cell(
     to the lowest id.
 
     ``base`` are all rows of the cell, some at a time; where they are ``queries`` itself each pair is tested once.
-    Returns (query id, row id, distance), int64 (m,) each, by query. Holds 8 * most bytes a query, and 64 a row of what
-    ``base`` yields.
+    Returns (query id, row id, distance), int64 (m,) each, by query. Holds 40 bytes a pair that it returns, 8 * most a
+    query, and 64 a row of what ``base`` yields.
     """
     from curation import loops_bits
 

@@ -215,9 +215,12 @@ def statement(known: Mapping[str, Any]) -> str:
     if highest is not None and highest >= np.float32(low):
         raise TaskError(f"no kept image may be within {low:g} of {name}: one is at {highest:.6g}")
     had = "image had" if known["images_near"] == 1 else "images had"
-    found = f"{known['images_near']:,} of {known['images']:,} {had} a near copy in the pool ({low:g} and above)"
+    looked_at = known["rows"] - known["bad"]
+    found = f"{known['images_near']:,} of {known['images']:,} {had} a near copy among {looked_at:,} images"
+    found += f" ({low:g} and above)"
+    floor = np.floor(1e4 * highest) / 1e4 if highest is not None else 0  # never rounded up to the threshold
     nearest = (
-        "no image was kept" if highest is None else f"of {known['kept']:,} kept images the nearest is at {highest:.4g}"
+        "no image was kept" if highest is None else f"of {known['kept']:,} kept ones the nearest is at {floor:.4f}"
     )
     return f"{name}: {found}; {nearest} by {known['backbone']['name']}."
 

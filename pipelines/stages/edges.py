@@ -2,6 +2,7 @@
 
     digests/<part>      a digest of every row, shuffled to hash partitions
     equal/<partition>   the rows that have equals (``curation.equal``), shuffled to their parts
+    alike/<part>        those of a part
 
 A copy, equal to a row before it, takes part in no search. It has one edge, to the lowest row it is equal to, and that
 row has one to the lowest of its copies: what is near one of them is near them all.
@@ -78,9 +79,7 @@ class EqualRows(NamedTuple):
 
     def of(self, part: Part) -> np.ndarray:
         """EQUAL (n,): the rows of a part that have equals in the pool, ascending."""
-        names = [raw_name(p) for p in range(self.n_partitions)]
-        found = np.concatenate([read_shuffle(self.folder / "equal" / name, EQUAL, part.number) for name in names])
-        return found[np.argsort(found["row_id"], kind="stable")]
+        return np.frombuffer((self.folder / "alike" / raw_name(part.number)).read(), EQUAL)
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,7 @@ def find_equal_rows(parts: Sequence[Part], folder: Location, executor: Executor)
     make_aside(partial(send_digests, equal=equal), parts, names, folder / "digests", executor)
     work, shared = partial(compare_partition, equal=equal), {"starts": starts_of(parts)}
     make_aside(work, partitions, [raw_name(p) for p in partitions], folder / "equal", executor, shared)
+    make_aside(partial(gather_equal, equal=equal), parts, names, folder / "alike", executor)
     return equal
 
 
@@ -153,6 +153,13 @@ def compare_partition(partition: int, equal: EqualRows, starts: np.ndarray) -> N
     records = np.concatenate([read_shuffle(equal.folder / "digests" / name, DIGEST, partition) for name in names])
     found = find_equal(records)
     write_shuffle(equal.folder / "equal" / raw_name(partition), found, part_at(starts, found["row_id"]), len(starts))
+
+
+def gather_equal(part: Part, equal: EqualRows) -> None:
+    """The equal rows of a part, from all hash partitions."""
+    names = [raw_name(p) for p in range(equal.n_partitions)]
+    found = np.concatenate([read_shuffle(equal.folder / "equal" / name, EQUAL, part.number) for name in names])
+    (equal.folder / "alike" / raw_name(part.number)).write(found[np.argsort(found["row_id"], kind="stable")].tobytes())
 
 
 def count_distinct(part: Part, equal: EqualRows) -> int:
@@ -182,10 +189,11 @@ def strongest(edges: np.ndarray, k: int) -> np.ndarray:
     return best
 
 
-def write_edges(location: Location, n_rows: int, edges: np.ndarray) -> FileInfo:
-    """One part: EDGE (n,) in any order, by row, the strongest first."""
+def write_edges(location: Location, n_rows: int, edges: np.ndarray, k: int) -> FileInfo:
+    """One part: EDGE (n,) in any order, by row, the strongest first. Counts as full the lists with k edges or more."""
     edges = strongest(edges, len(edges))
     table = pa.table({name: pa.array(np.ascontiguousarray(edges[name])) for name in EDGE.names or ()})
     counts = {"rows": n_rows, "kept": n_rows, "dropped": 0, "bad": 0}
-    counts |= {"edges": len(edges), "equal": int(edges["equal"].sum())}
+    n_of_rows = np.unique(edges["row"][~edges["equal"]], return_counts=True)[1]
+    counts |= {"edges": len(edges), "equal": int(edges["equal"].sum()), "full_lists": int((n_of_rows >= k).sum())}
     return write_table(location, table, counts)

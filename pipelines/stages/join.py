@@ -1,4 +1,4 @@
-"""The k-NN join of ``neighbors``, in cells of a coarse quantizer: linear in rows but for the rows that share a cell.
+"""The k-NN join of ``neighbors``, in cells of a coarse quantizer: n ** 2 * nprobe ** 2 / nlist / 2 pairs of n rows.
 
 Every row lies in its ``nprobe`` nearest cells and is compared with all rows there, by signatures of 1,024 bits
 (``curation.signatures``); of pairs that these do not rule out the exact similarity is computed, so whatever edge there
@@ -27,7 +27,16 @@ import numpy as np
 
 from curation import cells, scan_torch
 from curation.artifact import FileInfo, part_name
-from curation.cells import Piece, Rows, near_in_cell, nearest_cells, plan_pieces, sample_rows, train_centroids
+from curation.cells import (
+    Piece,
+    Rows,
+    near_in_cell,
+    nearest_cells,
+    plan_pieces,
+    sample_rows,
+    slice_rows,
+    train_centroids,
+)
 from curation.checks import check_unit_rows
 from curation.embeddings import BLOCK_ROWS, read_embeddings, row_norms, stored_form
 from curation.execute import Executor, Ref, on_worker
@@ -97,9 +106,9 @@ def join_in_cells(
     x_dtype = max((dtype for dtype, _ in forms), key=lambda dtype: dtype.itemsize)  # float32 if one part has that
     vector = np.dtype([("row_id", "<i8"), ("norm", "<f4"), ("x", x_dtype, (width,))])
     first_new = 0 if known is None else int(starts_of(parts)[known.n_parts]) if known.n_parts < len(parts) else END
-    job = Job(
-        config, most_neighbors(config, parts), equal, out.scratch("join"), nlist, width, 0, known, first_new, vector
-    )
+    k = most_neighbors(config, parts)
+    folder = out.scratch(f"join-{cells.GROUP_ROWS}-{slice_rows(LISTED * k)}")  # pieces are numbered by these
+    job = Job(config, k, equal, folder, nlist, width, 0, known, first_new, vector)
     with timed(out, "train"):
         quantizer = train(job, parts, sizes, executor)
     with timed(out, "measure"):
@@ -211,10 +220,11 @@ def scan_cells(job: Job, parts: Sequence[Part], quantizer: Ref[Quantizer], devic
     """Leave the candidates that signatures find in all cells."""
     members = [job.folder / "members" / name for name in part_names(parts)]
     sizes = executor.reduce(partial(cell_sizes, nlist=job.nlist), members, np.add).get()
-    pieces = plan_pieces(sizes)
-    work = partial(scan_piece, job=job, members=members, starts=starts_of(parts), device=device.name)
+    pieces = plan_pieces(sizes, slice_rows(LISTED * job.n_neighbors))
+    work = partial(scan_piece, job=job, device=device.name)
+    shared = {"members": members, "starts": starts_of(parts), "quantizer": quantizer}
     names = [raw_name(piece.number) for piece in pieces]
-    make_aside(work, pieces, names, job.folder / "found", executor, {"quantizer": quantizer}, device.gpus)
+    make_aside(work, pieces, names, job.folder / "found", executor, shared, device.gpus)
 
 
 def cell_sizes(members: Location, nlist: int) -> np.ndarray:
@@ -223,13 +233,13 @@ def cell_sizes(members: Location, nlist: int) -> np.ndarray:
 
 
 def scan_piece(
-    piece: Piece, job: Job, members: Sequence[Location], starts: np.ndarray, device: str, quantizer: Quantizer
+    piece: Piece, job: Job, device: str, members: Sequence[Location], starts: np.ndarray, quantizer: Quantizer
 ) -> None:
     """The candidates in some cells, or of some rows of one large cell, to the parts of their rows."""
     scan = near_in_cell if device == "cpu" else partial(scan_torch.near_in_cell, device=device)
     most, waiting, n_waiting, n_files = LISTED * job.n_neighbors, list[np.ndarray](), 0, 0
     folder, name = job.folder / "found", raw_name(piece.number)
-    for queries, base in what_meets(piece, members, job.first_new):
+    for queries, base in what_meets(piece, members, job.first_new, slice_rows(most)):
         found = candidate_records(*scan(queries, base, quantizer.limits, most))
         for start in range(0, len(found), RUN_PAIRS):
             waiting.append(found[start : start + RUN_PAIRS])
@@ -237,19 +247,22 @@ def scan_piece(
             if n_waiting >= RUN_PAIRS:
                 send_candidates(folder / f"{name}-{n_files}", waiting, starts)
                 waiting, n_waiting, n_files = [], 0, n_files + 1
+        del found  # before the next ones are there
     send_candidates(folder / f"{name}-{n_files}", waiting, starts)
     (folder / name).write(str(n_files + 1).encode())
 
 
-def what_meets(piece: Piece, members: Sequence[Location], first_new: int) -> Iterator[tuple[Rows, Iterable[Rows]]]:
+def what_meets(
+    piece: Piece, members: Sequence[Location], first_new: int, n_slice: int
+) -> Iterator[tuple[Rows, Iterable[Rows]]]:
     """Rows and all those that they are compared with, for all that a piece scans.
 
-    The rows of a cell of at most SLICE_ROWS meet one another, and ``queries`` is the one item of ``base``. Rows before
-    ``first_new`` meet those from it on alone.
+    The rows of a cell of at most ``n_slice`` meet one another, and ``queries`` is the one item of ``base``; those of a
+    larger one slice meets slice. Rows before ``first_new`` meet those from it on alone.
     """
     bounds = [read_bounds(location, piece.first, piece.last) for location in members]
     if piece.begin is not None:
-        queries = Rows.concatenate(rows_between(members, bounds, piece.begin, piece.begin + cells.SLICE_ROWS))
+        queries = Rows.concatenate(rows_between(members, bounds, piece.begin, piece.begin + n_slice))
         old, new = queries.split(first_new)
         n_rows = int(sum(b.at[-1] - b.at[0] for b in bounds))
         if len(new.ids):
@@ -258,7 +271,7 @@ def what_meets(piece: Piece, members: Sequence[Location], first_new: int) -> Ite
             yield old, (rows.split(first_new)[1] for rows in rows_between(members, bounds, 0, n_rows))
         return
     for rows in rows_by_cell(members, bounds):
-        before, later = (list(some.slices()) for some in rows.split(first_new))
+        before, later = (list(some.slices(n_slice)) for some in rows.split(first_new))
         for queries in later:
             yield queries, [*later, *before]
         for queries in before if later else ():
@@ -311,15 +324,18 @@ def verify(job: Job, parts: Sequence[Part], out: Output, executor: Executor) -> 
     """Write the edges among the candidates: vectors travel to where a candidate has none, each once a part."""
     names, shared = part_names(parts), {"starts": starts_of(parts)}
     pieces = sorted(entry.name for entry in (job.folder / "found").list() if "-" not in entry.name)
-    files = [
-        job.folder / "found" / f"{name}-{i}"
-        for name in pieces
-        for i in range(int((job.folder / "found" / name).read()))
-    ]
-    make_aside(partial(list_candidates, job=job, files=files), parts, names, job.folder / "wanted", executor, shared)
+    counts = executor.map(partial(n_files_of, job=job), pieces)
+    files = [job.folder / "found" / f"{name}-{i}" for name, n in zip(pieces, counts, strict=True) for i in range(n)]
+    seek = partial(list_candidates, job=job)
+    make_aside(seek, parts, names, job.folder / "wanted", executor, {**shared, "files": files})
     make_aside(partial(send_vectors, job=job, names=names), parts, names, job.folder / "vectors", executor)
     work = partial(write_part, job=job, names=names, out=out.location)
     out.make(work, parts, [[part_name(part.number)] for part in parts], shared)
+
+
+def n_files_of(piece: str, job: Job) -> int:
+    """How many files of candidates a piece left."""
+    return int((job.folder / "found" / piece).read())
 
 
 def list_candidates(part: Part, job: Job, files: Sequence[Location], starts: np.ndarray) -> None:
@@ -390,4 +406,4 @@ def write_part(part: Part, job: Job, names: Sequence[str], out: Location, starts
     if job.known is not None:
         edges = np.concatenate([edges, job.known.of(part, job.config, alike)])
     edges = np.concatenate([strongest(edges, job.n_neighbors), equal_edges(part, alike)])
-    return write_edges(out / part_name(part.number), len(rows), edges)
+    return write_edges(out / part_name(part.number), len(rows), edges, job.n_neighbors)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, read_table
+from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, pool_of, read_table
 from curation.embeddings import EmbeddingsPart
 from curation.equal import digest_records, find_equal
 from curation.execute import Executor
@@ -77,8 +77,14 @@ def check_known_config(name: str, config: NeighborsConfig, known: NeighborsConfi
 def known_edges(config: NeighborsConfig, known: Artifact, parts: Sequence[Part], embeddings: Artifact) -> KnownEdges:
     """The edges of an artifact whose embeddings come first in these. Raises UserError when they do not."""
     check_known_config("neighbors", config, NeighborsConfig(**known.manifest["config"]))
-    before = [(part.rows, part.sha256) for part in known.input("embeddings").parts]
-    if [(part.rows, part.sha256) for part in embeddings.parts[: len(before)]] != before:
+    if "method" not in known.facts:
+        raise UserError("neighbors.known must be of this version: it was made by an older one", "run its step again")
+    earlier = known.input("embeddings")
+    before = [(part.rows, part.sha256) for part in earlier.parts]
+    starts = pool_of(earlier).starts  # near rows are positions in a pool
+    if [(part.rows, part.sha256) for part in embeddings.parts[: len(before)]] != before or not np.array_equal(
+        pool_of(embeddings).starts[: len(starts)], starts
+    ):
         raise UserError(
             "neighbors.known must be of the first members of neighbors.embeddings: it was made from other vectors",
             "put the embeddings behind known first in the union",
@@ -106,7 +112,8 @@ def run(config: NeighborsConfig, inputs: Inputs, out: Output, executor: Executor
     near that row is near this one. That row has an edge to the lowest of its copies, beside its ``n_neighbors``.
 
     With ``known``, an artifact of this kind for the first members of a union, only pairs with a row of a later member
-    are looked for. The edges are those of a search of all rows: in an exact search byte for byte.
+    are looked for. The edges are those of a search of all rows: in an exact search byte for byte. Where lists are full
+    (``full_lists`` counts them), new rows push edges between old ones out, as they do in a search of all rows.
     """
     embeddings: Artifact = inputs["embeddings"]
     out.facts["backbone"] = embeddings.facts["backbone"]
@@ -119,7 +126,7 @@ def run(config: NeighborsConfig, inputs: Inputs, out: Output, executor: Executor
     known = known_edges(config, inputs["known"], parts, embeddings) if "known" in inputs else None
     equal = find_equal_rows(parts, out.scratch(""), executor)
     sizes = list(executor.map(partial(count_distinct, equal=equal), parts))
-    if config.method == "exact" or (config.method == "auto" and sum(sizes) <= EXACT_ROWS):
+    if config.method == "exact" or sum(sizes) <= (EXACT_ROWS if config.method == "auto" else 0):
         search_exactly(config, parts, equal, known, out, executor)
     else:
         join_in_cells(config, parts, equal, sizes, known, out, executor)
@@ -171,7 +178,7 @@ def edges_of_part(
     if known is not None:
         edges = strongest(np.concatenate([edges, known.of(part, config, alike)]), k)
     found = np.concatenate([edges, equal_edges(part, alike)])
-    file = write_edges(out / part_name(part.number), part.vectors.n_rows, found)
+    file = write_edges(out / part_name(part.number), part.vectors.n_rows, found, k)
     return Timed([file], {f"rows_by_{finder_name(device)}": len(rows)})
 
 
@@ -197,7 +204,7 @@ def edges_within_clusters(
     device = device_of(executor)
     search = partial(search_group, config=config, cells=cells, starts=starts_of(parts), device=device.name)
     make_aside(search, groups, [raw_name(g) for g in groups], cells.scratch / "edges", executor, gpus=device.gpus)
-    work = partial(gather_edges, cells=cells, out=out.location)
+    work = partial(gather_edges, cells=cells, k=config.n_neighbors, out=out.location)
     out.make(work, parts, [[part_name(part.number)] for part in parts])
 
 
@@ -259,12 +266,12 @@ def edges_of_cluster(records: np.ndarray, config: NeighborsConfig, device: str) 
     return edges
 
 
-def gather_edges(part: Part, cells: Cells, out: Location) -> FileInfo:
+def gather_edges(part: Part, cells: Cells, k: int, out: Location) -> FileInfo:
     """Write the edges of a part's rows, by row; every row has its edges from one group."""
     files = [cells.scratch / "edges" / raw_name(group) for group in range(cells.n_groups)]
     sent = np.concatenate([read_shuffle(file, SENT_EDGE, part.number) for file in files])
     edges = edge_records(sent["row_id"] - part.start, sent["near_row"], sent["similarity"], sent["equal"])
-    return write_edges(out / part_name(part.number), part.vectors.n_rows, edges)
+    return write_edges(out / part_name(part.number), part.vectors.n_rows, edges, k)
 
 
 STAGE = Stage(

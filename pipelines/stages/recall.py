@@ -25,6 +25,7 @@ from pipelines.stages.edges import Distinct, EqualRows, Part, device_of, most_ne
 
 MIN_EDGES = 100  # of the sampled rows: with fewer nothing is known of how similar near rows are
 N_PLANTED = 4096  # planted edges
+LOST = -1  # an edge that its signatures rule out: no nprobe finds it
 QUERIES, PLANTED = 3, 4  # purposes of a generator
 
 
@@ -41,7 +42,7 @@ class Reach(NamedTuple):
     query: np.ndarray  # int64 (m,), row id
     near_row: np.ndarray  # int64 (m,); -1 of a planted edge
     similarity: np.ndarray  # float32 (m,)
-    needed: np.ndarray  # int32 (m,): the join finds it from this nprobe on; 0: never
+    needed: np.ndarray  # int32 (m,): the join finds it from this nprobe on; 0: not up to the highest looked at; LOST
 
     def true(self) -> "Reach":
         """Without the planted edges."""
@@ -142,7 +143,7 @@ def join_reach(a: Reach, b: Reach) -> Reach:
 
 
 def found_from(x: np.ndarray, y: np.ndarray, quantizer: Quantizer, most: int) -> np.ndarray:
-    """int32 (n,): the nprobe from which on each pair of rows float32 (n, d) is found; 0: not up to ``most``."""
+    """int32 (n,): the nprobe from which on each pair of rows float32 (n, d) is found; 0: not up to ``most``; LOST."""
     from curation import loops_bits
 
     found = np.zeros(len(x), np.int32)
@@ -151,7 +152,7 @@ def found_from(x: np.ndarray, y: np.ndarray, quantizer: Quantizer, most: int) ->
         a, b = (nearest_cells(some[at], quantizer.centroids, most) for some in (x, y))
         needed = loops_bits.first_shared(a, b, len(quantizer.centroids))
         bits_a, bits_b = (signatures(some[at], quantizer.seed) for some in (x, y))
-        found[at] = np.where(within_limits(quantizer.limits, bits_a, bits_b), needed, 0)
+        found[at] = np.where(within_limits(quantizer.limits, bits_a, bits_b), needed, LOST)
     return found
 
 
@@ -189,7 +190,7 @@ def choose_nprobe(config: NeighborsConfig, reach: Reach, most: int) -> int:
     the rest. Raises UserError when that many cells would find too few of the true edges.
     """
     true = reach.true().needed
-    least = needed_nprobe(true, floor_misses(len(true), config.min_recall))
+    least = nprobe_for(true, tolerated_misses(len(true), config.min_recall))
     if config.nprobe != "auto":
         chosen = int(config.nprobe)
     elif allowed_misses(len(true), config.min_recall) >= 0:
@@ -197,22 +198,29 @@ def choose_nprobe(config: NeighborsConfig, reach: Reach, most: int) -> int:
     else:
         both = (true, reach.needed[reach.near_row < 0])
         careful = 1 - (1 - config.min_recall) / 2
-        chosen = max(needed_nprobe(some, floor_misses(len(some), careful)) or most for some in both)
+        chosen = max(nprobe_for(some, floor_misses(len(some), careful)) or most for some in both)
     recall = recall_at(true, chosen)
-    if recall is not None and recall < config.min_recall:
+    if recall is not None and misses_too_many(len(true) * (1 - recall), len(true), config.min_recall):
         hint = "set method: exact, or ask for less" if least is None else f"set nprobe to {least}, or to auto"
         raise UserError(too_few(recall, len(true), config, chosen), hint)
     return chosen
 
 
+def nprobe_for(needed: np.ndarray, n_misses: int) -> int | None:
+    """The lowest nprobe that misses so many, what signatures rule out among them: more of those change nothing."""
+    findable = needed[needed != LOST]
+    return needed_nprobe(findable, max(0, n_misses - (len(needed) - len(findable))))
+
+
 def sure_nprobe(true: Reach, min_recall: float) -> int | None:
     """The nprobe that makes a recall of all edges sure, and for the quarter of them that is nearest to the threshold
-    one with at most twice the misses: it is these that cells lose, and nobody looks for them again."""
+    one with at most twice the misses: it is these that cells lose, and nobody looks for them again. One miss is always
+    allowed among those that signatures let pass, or a single odd pair would decide."""
     weakest = true.needed[np.argsort(true.similarity, kind="stable")[: len(true.needed) // 4]]
-    least = (
-        needed_nprobe(some, max(0, allowed_misses(len(some), share)))
-        for some, share in ((true.needed, min_recall), (weakest, max(0.0, 1 - 2 * (1 - min_recall))))
-    )
+    both = ((true.needed, min_recall), (weakest, max(0.0, 1 - 2 * (1 - min_recall))))
+    least = [
+        nprobe_for(some, max(1 + int((some == LOST).sum()), allowed_misses(len(some), share))) for some, share in both
+    ]
     found = [nprobe for nprobe in least if nprobe is not None]
     return max(found) if len(found) == 2 else None
 
@@ -220,6 +228,16 @@ def sure_nprobe(true: Reach, min_recall: float) -> int | None:
 def floor_misses(n: int, share: float) -> int:
     """How many of n may be missing where a share of them must be there."""
     return int((1 - share) * n + 1e-9)
+
+
+def tolerated_misses(n: int, share: float) -> int:
+    """The same, but one in any case, unless all must be there: of few edges one says nothing of the share."""
+    return max(int(share < 1), floor_misses(n, share))
+
+
+def misses_too_many(n_misses: float, n: int, share: float) -> bool:
+    """Whether more are missing than may be."""
+    return n_misses > tolerated_misses(n, share) + 1e-9
 
 
 def too_few(recall: float, n_edges: int, config: NeighborsConfig, nprobe: int) -> str:
@@ -254,7 +272,8 @@ def measure_recall(
     """The recall of the edges that were written, as facts; None where the sampled rows have no true edge.
 
     ``recall`` counts, for a row with more near rows than its list has room for, any of them;
-    ``recall_strongest`` counts the very edges of the exact search. Raises UserError below ``min_recall``.
+    ``recall_strongest`` counts the very edges of the exact search. Raises UserError below ``min_recall``, unless a
+    single edge is missing.
     """
     true = reach.true()
     n_edges = len(true.needed)
@@ -263,6 +282,6 @@ def measure_recall(
     facts: dict[str, float | int | None] = {"recall": None, "recall_strongest": None, "recall_edges": n_edges}
     if n_edges:
         facts |= {"recall": any_near / n_edges, "recall_strongest": strongest / n_edges}
-        if any_near < config.min_recall * n_edges:
+        if misses_too_many(n_edges - any_near, n_edges, config.min_recall):
             raise UserError(too_few(any_near / n_edges, n_edges, config, nprobe), "raise nprobe, or set method: exact")
     return facts

@@ -125,7 +125,8 @@ def join(folder: Path) -> dict[str, Any]:
         workers = [most_mb(pid) for pid in ray_workers()]
     finally:
         executor.close()
-    sizes = {f"{kind}_bytes": bytes_below(Path(str(out.scratch("join").path)) / kind) for kind in SHUFFLED}
+    [scratch] = Path(str(out.scratch("").path)).glob("join-*")
+    sizes = {f"{kind}_bytes": bytes_below(scratch / kind) for kind in SHUFFLED}
     phases = {name.removesuffix("_seconds"): value for name, value in out.log.items() if name.endswith("_seconds")}
     memory = {"worker_mb": max(workers), "peak_mb": max([*workers, most_mb(os.getpid())])}
     return {"seconds": seconds, **phases, **memory, **sizes, "facts": dict(out.facts)}

@@ -67,11 +67,10 @@ def test_cells_of_a_pool():
 @pytest.mark.parametrize("seed", range(20))
 def test_pieces_cover_every_row_once_and_hold_no_more_than_they_may(seed, monkeypatch):
     monkeypatch.setattr(cells, "GROUP_ROWS", 100)
-    monkeypatch.setattr(cells, "SLICE_ROWS", 30)
     rng = np.random.default_rng(seed)
     sizes = (rng.pareto(0.7, 40) * 10).astype(np.int64)
     sizes[rng.random(40) < 0.3] = 0
-    pieces = plan_pieces(sizes)
+    pieces = plan_pieces(sizes, 30)
     assert [piece.number for piece in pieces] == list(range(len(pieces)))
     covered = [np.zeros(size, int) for size in sizes]
     for piece in pieces:
@@ -89,13 +88,12 @@ def test_pieces_cover_every_row_once_and_hold_no_more_than_they_may(seed, monkey
 @pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("most", [1, 3, 400])
 def test_near_in_cell_is_the_nearest_by_distance(sliced, most, monkeypatch):
-    monkeypatch.setattr(cells, "SLICE_ROWS", 70)
     rng = np.random.default_rng(most)
     x = np.repeat(random_rows(3, 60), 5, axis=0)
     x = (x + 0.05 * rng.normal(size=x.shape)).astype("f4")
     rows = Rows(rng.permutation(5000)[:300].astype(np.int64), signatures(x, 0))
     limits = limits_at(0.7, 16, 0)
-    base = list(rows.slices()) if sliced else [rows]
+    base = list(rows.slices(70)) if sliced else [rows]
     found = set()
     for queries in base:
         found |= set(zip(*(a.tolist() for a in near_in_cell(queries, base, limits, most)), strict=True))

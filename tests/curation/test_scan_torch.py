@@ -47,10 +47,9 @@ def test_the_pairs_are_those_of_the_scan_by_bits(seed, most, monkeypatch):
 
 @pytest.mark.parametrize("most", [2, 50])
 def test_slices_of_a_cell(most, monkeypatch):
-    monkeypatch.setattr(cells, "SLICE_ROWS", 90)
     monkeypatch.setattr(scan_torch, "TILE_ROWS", 40)
     rows, limits = near_rows(1, 301), limits_at(0.6, 16, 0)
-    slices = list(rows.slices())
+    slices = list(rows.slices(90))
     for queries in slices:
         same(queries, slices, limits, most)  # one of them is the queries themselves
         copies = [Rows(some.ids.copy(), some.signatures.copy()) for some in slices]

@@ -390,7 +390,7 @@ def test_a_certificate_says_what_it_is_about_and_its_sentence_what_it_shows(tmp_
     assert known["dropped_direct"] == 2
     assert known["highest_kept_similarity"] == pytest.approx(np.cos(np.radians(15)), abs=1e-3)
     words = (
-        "exam: 2 of 3 images had a near copy in the pool (0.983255 and above); of 2 kept images the nearest is at 0.96"
+        "exam: 2 of 3 images had a near copy among 4 images (0.983255 and above); of 2 kept ones the nearest is at 0.96"
     )
     assert known["statement"].startswith(words) and known["statement"].endswith(" by b.")
     assert done.certificates["quiz"]["statement"].startswith("quiz: 0 of 1 images had")

@@ -362,7 +362,7 @@ def test_scratch_that_a_killed_join_left_is_taken_up(tmp_path):
     vectors = embedded(tmp_path, near_rows(2000), [500, 1200])
     config = {"method": "cells", "nlist": 16, "nprobe": 6, "min_recall": 0.5}
     whole = search(vectors, "near", **config)
-    folder = tmp_path / "near" / "0" / "scratch" / "join"
+    [folder] = (tmp_path / "near" / "0" / "scratch").glob("join-*")
     kept = [path for path in folder.rglob("*") if path.is_file()]
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in kept}
     (tmp_path / "near" / "0" / part_name(1)).unlink()
@@ -453,3 +453,75 @@ def test_vectors_that_are_no_unit_vectors_are_refused_by_file_and_row(tmp_path, 
     words = rf"vec/0/part-0000001.parquet must hold unit vectors: row 50 of it has norm {norm}"
     with pytest.raises(TaskError, match=words):
         search(vectors, "near", method=method)
+
+
+def test_known_edges_of_a_pool_with_other_starts_are_refused(tmp_path):
+    """The same vectors, but a row that could not be read more before them: near rows are positions in the pool."""
+    x = near_rows(600)
+    old = embedded(tmp_path / "old", np.insert(x, 300, x[0], axis=0), [301], missing={300})
+    known = searched(old, "near", method="exact")
+    other = embedded(tmp_path / "other", x, [300])
+    assert [part.sha256 for part in other.parts] == [part.sha256 for part in old.parts]
+    with pytest.raises(UserError, match=r"neighbors.known must be of the first members of neighbors.embeddings"):
+        search(other, "refused", known=known, method="exact")
+
+
+def test_full_lists_are_counted(tmp_path):
+    vectors = embedded(tmp_path, near_rows(900), [500])
+    for k in (1, 3, 16):
+        out = search(vectors, f"near-{k}", method="exact", n_neighbors=k)
+        found = np.array([a for a, _ in edges_in(out, vectors)])
+        n_full = int((np.bincount(found, minlength=900) >= k).sum())
+        assert sum(file.counts["full_lists"] for file in out.files) == n_full
+
+
+@pytest.mark.parametrize(("n_edges", "n_lost"), [(299, 1), (299, 3), (900, 1), (1000, 5), (40, 1)])
+def test_a_pair_that_signatures_lose_does_not_decide_how_many_cells_there_are(n_edges, n_lost):
+    rng = np.random.default_rng(n_edges)
+    needed = rng.integers(1, 11, n_edges).astype(np.int32)
+    needed[rng.choice(n_edges, n_lost, replace=False)] = recall.LOST
+    planted = rng.integers(1, 15, 4096).astype(np.int32)
+    ids = np.r_[np.arange(n_edges), np.full(4096, -1)]
+    similarity = rng.uniform(0.8, 1, n_edges + 4096).astype("f4")
+    reach = recall.Reach(ids, ids, similarity, np.r_[needed, planted])
+    config = NeighborsConfig(min_similarity=0.8)
+    if n_lost > max(1, 0.01 * n_edges):
+        with pytest.raises(UserError, match=r"neighbors.min_recall must be reached"):
+            recall.choose_nprobe(config, reach, 256)
+    else:
+        assert 8 <= recall.choose_nprobe(config, reach, 256) <= 14
+
+
+@pytest.mark.parametrize("nothing", [0, 3])
+def test_a_join_of_nothing(tmp_path, nothing):
+    x = near_rows(9)[:nothing]
+    out = search(embedded(tmp_path, x, [], missing=set(range(nothing))), "near", method="cells")
+    assert out.facts["method"] == "exact" and out.files[0].counts["edges"] == 0
+
+
+PHASES = ("send_digests", "compare_partition", "gather_equal", "draw_sample", "train_on_sample", "assign_part",
+          "scan_piece", "list_candidates", "send_vectors", "write_part")  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_stopped_in_any_phase_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, phase):
+    monkeypatch.setattr(cells, "GROUP_ROWS", 700)
+    monkeypatch.setattr(edges, "ROWS_PER_PARTITION", 500)
+    vectors = embedded(tmp_path, near_rows(2000), [500, 1200])
+    config = {"method": "cells", "nlist": 16, "nprobe": 6, "min_recall": 0.5}
+    whole = search(vectors, "whole", **config)
+    place = next(module for module in (edges, join) if phase in vars(module))
+    work, calls = getattr(place, phase), []
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == (1 if phase == "train_on_sample" else 2):
+            raise KeyboardInterrupt
+        return work(*args, **kwargs)
+
+    with monkeypatch.context() as context:
+        context.setattr(place, phase, stops)
+        with pytest.raises(KeyboardInterrupt):
+            search(vectors, "near", **config)
+    assert calls
+    assert bytes_in(search(vectors, "near", **config)) == bytes_in(whole)
