@@ -23,8 +23,8 @@ DOUBT = 0.05  # that the recall of all pairs is lower than what is concluded fro
 MAX_NPROBE = 256  # cells of a row: beyond, a row meets about as many rows as in an exact search
 GROUP_ROWS = 1 << 20  # rows that one task scans, in whole cells
 SLICE_ROWS = 1 << 17  # rows that keep lists at the same time, unless their lists hold more than ...
-SLICE_PAIRS = 1 << 23  # ... so many pairs, 90 bytes each while they become records; a cell of more than GROUP_ROWS is
-# cut into tasks for one slice
+SLICE_PAIRS = 1 << 25  # ... so many pairs, 8 bytes each; a cell of more than GROUP_ROWS is cut into tasks for one slice
+CHUNK_PAIRS = 1 << 21  # of what is found at a time: 90 bytes each while they become records
 
 
 class Piece(NamedTuple):
@@ -160,15 +160,16 @@ class Rows(NamedTuple):
             yield Rows(self.ids[at], self.signatures[at])
 
 
-def near_in_cell(
-    queries: Rows, base: Iterable[Rows], limits: Limits, most: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+Near = tuple[np.ndarray, np.ndarray, np.ndarray]  # (query id, row id, distance), int64 (m,) each, by query
+
+
+def near_in_cell(queries: Rows, base: Iterable[Rows], limits: Limits, most: int) -> Iterator[Near]:
     """The rows of a cell whose signatures are near those of the queries, at most ``most`` of each: the nearest, ties
     to the lowest id.
 
     ``base`` are all rows of the cell, some at a time; where they are ``queries`` itself each pair is tested once.
-    Returns (query id, row id, distance), int64 (m,) each, by query. Holds 40 bytes a pair that it returns, 8 * most a
-    query, and 64 a row of what ``base`` yields.
+    Yields the pairs of some queries after those of others. Holds 8 * most bytes a query, 64 a row of what ``base``
+    yields, and 40 for each of CHUNK_PAIRS.
     """
     from curation import loops_bits
 
@@ -176,6 +177,9 @@ def near_in_cell(
     for rows in base:
         blocks = loops_bits.signs_in_lanes(rows.signatures)
         loops_bits.scan(*queries, *rows, blocks, limits.array(), rows is queries, heap, filled)
-    keys = heap[np.arange(most) < filled[:, None]]
-    row_ids, distances = keys & ((1 << loops_bits.ROW_BITS) - 1), keys >> loops_bits.ROW_BITS
-    return np.repeat(queries.ids, filled), row_ids, distances
+    n = max(1, CHUNK_PAIRS // most)
+    for start in range(0, len(heap), n):
+        at = slice(start, start + n)
+        keys = heap[at][np.arange(most) < filled[at, None]]
+        row_ids, distances = keys & ((1 << loops_bits.ROW_BITS) - 1), keys >> loops_bits.ROW_BITS
+        yield np.repeat(queries.ids[at], filled[at]), row_ids, distances

@@ -6,13 +6,13 @@ made in tiles of TILE_ROWS x TILE_ROWS; the few pairs of a tile that are near en
 bit, and kept by the rows they are near to.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
 
-from curation.cells import Rows
+from curation.cells import Near, Rows
 from curation.finders import check_device, on_device
 from curation.signatures import COORDINATES, Limits
 
@@ -25,13 +25,11 @@ FIRST_WORDS = 4  # of them
 ROW_BITS = 50  # of a key: the distance stands above the row id
 
 
-def near_in_cell(
-    queries: Rows, base: Iterable[Rows], limits: Limits, most: int, device: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def near_in_cell(queries: Rows, base: Iterable[Rows], limits: Limits, most: int, device: str) -> Iterator[Near]:
     """As ``cells.near_in_cell``, by torch on a device ("cpu", "cuda"): the rows of a cell whose signatures are near
     those of the queries, at most ``most`` of each: the nearest, ties to the lowest id.
 
-    Returns (query id, row id, distance), int64 (m,) each, by query, and for each the nearest first. The device holds
+    Yields the pairs of a tile of queries after those of another, for each query the nearest first. The device holds
     650 bytes for each query and each row of what ``base`` yields, 16 * most bytes a query, and for two tiles 5 for
     each of their 2 ** 26 pairs and some 130 for each that is near.
     Raises ValueError where there is no such device.
@@ -40,10 +38,9 @@ def near_in_cell(
     mine = tiles_of(queries, device)
     for rows in base:
         compare(mine, mine if rows is queries else tiles_of(rows, device), limits, most)
-    none = (np.zeros(0, np.int64),) * 3
-    found = [none, *(tuple(column.cpu().numpy() for column in tile.nearest(most)) for tile in mine)]
-    query_ids, row_ids, distances = (np.concatenate(columns) for columns in zip(*found, strict=True))
-    return query_ids, row_ids, distances
+    for tile in mine:
+        query_ids, row_ids, distances = (column.cpu().numpy() for column in tile.nearest(most))
+        yield query_ids, row_ids, distances
 
 
 def tiles_of(rows: Rows, device: str) -> list["Tile"]:

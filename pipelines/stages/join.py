@@ -240,14 +240,12 @@ def scan_piece(
     most, waiting, n_waiting, n_files = LISTED * job.n_neighbors, list[np.ndarray](), 0, 0
     folder, name = job.folder / "found", raw_name(piece.number)
     for queries, base in what_meets(piece, members, job.first_new, slice_rows(most)):
-        found = candidate_records(*scan(queries, base, quantizer.limits, most))
-        for start in range(0, len(found), RUN_PAIRS):
-            waiting.append(found[start : start + RUN_PAIRS])
+        for near in scan(queries, base, quantizer.limits, most):
+            waiting.append(candidate_records(*near))
             n_waiting += len(waiting[-1])
             if n_waiting >= RUN_PAIRS:
                 send_candidates(folder / f"{name}-{n_files}", waiting, starts)
                 waiting, n_waiting, n_files = [], 0, n_files + 1
-        del found  # before the next ones are there
     send_candidates(folder / f"{name}-{n_files}", waiting, starts)
     (folder / name).write(str(n_files + 1).encode())
 

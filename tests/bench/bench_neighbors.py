@@ -74,7 +74,7 @@ def planted_rows(n_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     aside = unit(aside - a * np.einsum("nd,nd->n", a, aside)[:, None])
     cosine = rng.uniform(0.6, 0.99, (n_pairs, 1)).astype(np.float32)
     rows[place[:n_pairs]], rows[place[n_pairs : 2 * n_pairs]] = a, unit(a * cosine + aside * np.sqrt(1 - cosine**2))
-    weight = rng.pareto(PARETO, N_CONCEPTS) + 1
+    weight = np.random.default_rng([seed, 99]).pareto(PARETO, N_CONCEPTS) + 1  # the same at every number of rows
     concept = rng.choice(N_CONCEPTS, n_rows - 2 * n_pairs, p=weight / weight.sum())
     centre = unit(rng.standard_normal((N_CONCEPTS, WIDTH), np.float32))
     noise = unit(rng.standard_normal((len(concept), WIDTH), np.float32))

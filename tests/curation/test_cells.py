@@ -88,6 +88,7 @@ def test_pieces_cover_every_row_once_and_hold_no_more_than_they_may(seed, monkey
 @pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("most", [1, 3, 400])
 def test_near_in_cell_is_the_nearest_by_distance(sliced, most, monkeypatch):
+    monkeypatch.setattr(cells, "CHUNK_PAIRS", 900)
     rng = np.random.default_rng(most)
     x = np.repeat(random_rows(3, 60), 5, axis=0)
     x = (x + 0.05 * rng.normal(size=x.shape)).astype("f4")
@@ -96,7 +97,8 @@ def test_near_in_cell_is_the_nearest_by_distance(sliced, most, monkeypatch):
     base = list(rows.slices(70)) if sliced else [rows]
     found = set()
     for queries in base:
-        found |= set(zip(*(a.tolist() for a in near_in_cell(queries, base, limits, most)), strict=True))
+        for near in near_in_cell(queries, base, limits, most):
+            found |= set(zip(*(a.tolist() for a in near), strict=True))
     expected = set()
     for i in range(300):
         other = np.flatnonzero(np.arange(300) != i)

@@ -26,10 +26,16 @@ def in_order(found):
     return np.stack([query, distance, row])[:, order]
 
 
+def together(chunks):
+    """All pairs that were yielded."""
+    none = (np.zeros(0, np.int64),) * 3
+    return tuple(np.concatenate(columns) for columns in zip(none, *chunks, strict=True))
+
+
 def same(queries, base, limits, most):
     base = list(base)
-    ours = scan_torch.near_in_cell(queries, base, limits, most, "cpu")
-    np.testing.assert_array_equal(in_order(ours), in_order(cells.near_in_cell(queries, base, limits, most)))
+    ours = together(scan_torch.near_in_cell(queries, base, limits, most, "cpu"))
+    np.testing.assert_array_equal(in_order(ours), in_order(together(cells.near_in_cell(queries, base, limits, most))))
     place = {row: i for i, row in enumerate(queries.ids.tolist())}
     at = np.array([place[row] for row in ours[0].tolist()], np.int64)
     assert (np.lexsort((ours[1], ours[2], at)) == np.arange(len(at))).all(), "by query, the nearest first"
@@ -116,4 +122,4 @@ def test_bits_are_counted():
 def test_without_a_gpu_it_says_so():
     rows = near_rows(0, 10)
     with pytest.raises(ValueError, match="device must be one that torch sees: got cuda"):
-        scan_torch.near_in_cell(rows, [rows], limits_at(0.5, 16, 0), 3, "cuda")
+        next(scan_torch.near_in_cell(rows, [rows], limits_at(0.5, 16, 0), 3, "cuda"))
