@@ -5,12 +5,34 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
+from curation.coarse import CentroidGroups
 from curation.execute import Executor, Ref, SerialExecutor, on_worker
-from curation.kmeans import ArrayRows, Rows, SubsetRows, assign_part, finite_rows, fit_centroids
+from curation.kmeans import (
+    EMPTY,
+    LLOYD,
+    NO_TRAIL,
+    TOLERANCE,
+    ArrayRows,
+    HeldTrail,
+    Lloyd,
+    Member,
+    NoTrail,
+    Rows,
+    State,
+    Step,
+    SubsetRows,
+    Trail,
+    assign_member,
+    assign_part,
+    finite_rows,
+    fit,
+    step_of,
+    step_shared,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +45,8 @@ class ClusterConfig:
     n_resamples: int = 10  # k-means runs of a level after the first
     resample_size: tuple[int, ...] | None = None  # rows kept a cluster, a level; None: half the average cluster; 1: off
     n_iter: int = 50  # Lloyd steps of a run, at most
+    tol: float = TOLERANCE  # a run ends when a step lowers its objective by at most this share; 0: when nothing moves
+    empty: str = "keep"  # a cluster that loses its rows stays where it was; "split": it takes half of the largest one
     seed: int = 0  # of first centroids and of what is resampled
 
     def __post_init__(self) -> None:
@@ -37,6 +61,15 @@ class ClusterConfig:
         for name, least in (("n_resamples", 0), ("n_iter", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"cluster.{name} must be at least {least}: got {getattr(self, name)}")
+        if not 0 <= self.tol < 1:
+            raise ValueError(f"cluster.tol must be in [0, 1): got {self.tol}")
+        if self.empty not in EMPTY:
+            raise ValueError(f"cluster.empty must be one of {', '.join(EMPTY)}: got {self.empty!r}")
+
+    @property
+    def lloyd(self) -> Lloyd:
+        """How every run goes on."""
+        return Lloyd(n_iter=self.n_iter, tol=self.tol, empty=self.empty)
 
 
 class Groups(NamedTuple):
@@ -123,6 +156,8 @@ def hierarchical_kmeans(
     n_resamples: int | Sequence[int] | np.ndarray = 10,
     resample_size: int | Sequence[int] | np.ndarray | None = None,
     n_iter: int = 50,
+    tol: float = TOLERANCE,
+    empty: str = "keep",
 ) -> Hierarchy:
     """Cluster the rows, then the centroids of the rows' clusters, and so on.
 
@@ -130,8 +165,9 @@ def hierarchical_kmeans(
     first one of a level (a number, or one a level), each from a fresh start on the ``resample_size`` rows closest to
     every centroid; None stands for half the average cluster, 1 or less for no resampling. A centroid counts once in
     the level above, whatever its rows, empty clusters too. A level has at most as many clusters as the level below.
-    ``rng`` gives one seed; level t draws from keys (seed, t, ...). Holds, beside x, k * d * 28 bytes, 8 bytes a row
-    and, while it resamples, 16 more. Raises ValueError for what k-means refuses and for lists of other lengths.
+    ``n_iter``, ``tol`` and ``empty`` as in ``kmeans``. ``rng`` gives one seed; level t draws from keys (seed, t, ...).
+    Holds, beside x, the chosen rows of a run, k * d * 32 bytes, 16 bytes a row and, while it resamples, 16 more.
+    Raises ValueError for what k-means refuses and for lists of other lengths.
     """
     points, seed, levels = finite_rows(x), int(rng.integers(2**32)), list[Level]()
     sizes = per_level(resample_size, len(n_clusters), "resample_size")
@@ -145,7 +181,8 @@ def hierarchical_kmeans(
             sizes[t],
             seed_key=(seed, t),
             executor=SerialExecutor(),
-            n_iter=n_iter,
+            how=Lloyd(n_iter=n_iter, tol=tol, empty=empty),
+            trail=HeldLevel(),
         )
         levels.append(Level(centroids, *assign_part(part, centroids)))
         points = centroids
@@ -163,6 +200,38 @@ def per_level(value: int | Sequence[int] | np.ndarray | None, n_levels: int, nam
     return [None if one is None else operator.index(one) for one in value]
 
 
+class LevelTrail(Protocol):
+    """What the fit of a level leaves behind on its way."""
+
+    def run(self, number: int) -> Trail:
+        """The trail of a k-means run of the level; the first one is run 0."""
+        ...
+
+
+class NoLevel:
+    """Nothing is kept."""
+
+    def run(self, number: int) -> NoTrail:
+        """As ``LevelTrail``."""
+        return NO_TRAIL
+
+
+NO_LEVEL = NoLevel()
+
+
+class HeldLevel:
+    """Bounds in this process, of one run at a time."""
+
+    def __init__(self) -> None:
+        self._now = (-1, HeldTrail())
+
+    def run(self, number: int) -> HeldTrail:
+        """As ``LevelTrail``."""
+        if number != self._now[0]:
+            self._now = (number, HeldTrail())
+        return self._now[1]
+
+
 def fit_level(
     parts: Sequence[Rows],
     n_clusters: int,
@@ -171,54 +240,61 @@ def fit_level(
     *,
     seed_key: tuple[int, ...],
     executor: Executor,
-    n_iter: int = 50,
+    how: Lloyd = LLOYD,
+    trail: LevelTrail = NO_LEVEL,
 ) -> np.ndarray:
     """Centroids float32 (k, d) of one level over all parts: k-means, then ``n_resamples`` runs on resampled rows.
 
     Run r draws from keys (seed_key..., r, ...). ``resample_size`` None is half the average cluster of the level, 1 or
     less means no resampling. Labels are not kept: ``assign_part`` gives them, part by part, from what is returned.
-    This process holds centroids and sums, and what ``resample`` holds; the rows stay on the workers.
+    Goes on where ``trail`` says that it stood, to the same bits. This process holds centroids and sums, and what
+    ``resample`` holds; the rows stay on the workers.
     """
     n_rows = sum(part.n_rows for part in parts)
-    centroids = fit_centroids(parts, n_clusters, (*seed_key, 0), executor, n_iter)
-    size = n_rows // (2 * len(centroids)) if resample_size is None else resample_size
-    for run in range(1, n_resamples + 1 if size > 1 else 1):
-        centroids = resample(
-            parts, centroids, n_clusters, size, seed_key=(*seed_key, run), executor=executor, n_iter=n_iter
-        )
-    return centroids
+    state, begun = last_state(trail, n_resamples)
+    if begun == 0:
+        state = fit(parts, n_clusters, (*seed_key, 0), executor, how, trail.run(0))
+    assert state is not None, "a run that has begun follows one that has ended"
+    size = n_rows // (2 * min(n_clusters, n_rows)) if resample_size is None else resample_size
+    for run in range(max(begun, 1), n_resamples + 1 if size > 1 else 1):
+        known = trail.run(0) if run == 1 else NO_TRAIL  # later runs are on fewer rows
+        members = [Member(part, known.memory(i)) for i, part in enumerate(parts)]
+        subsets = resample(members, step_of(state), size, executor)
+        state = fit(subsets, n_clusters, (*seed_key, run), executor, how, trail.run(run))
+    return state.centroids
 
 
-def resample(
-    parts: Sequence[Rows],
-    centroids: np.ndarray,
-    n_clusters: int,
-    size: int,
-    *,
-    seed_key: tuple[int, ...],
-    executor: Executor,
-    n_iter: int = 50,
-) -> np.ndarray:
-    """Centroids float32 (k, d) of a fresh k-means on the ``size`` rows closest to each of the given centroids.
+def last_state(trail: LevelTrail, n_resamples: int) -> tuple[State | None, int]:
+    """The last run of a level that has left a state, and the state of the run before; (None, 0) when the first has not
+    ended."""
+    for run in range(n_resamples, 0, -1):
+        if trail.run(run).load() is not None:
+            return trail.run(run - 1).load(), run
+    return None, 0
 
-    Dense regions lose most rows, so centroids spread towards a uniform density over the support of the data.
-    k is at most the number of rows that are left. Labels and distances are gathered on a worker, which holds them
-    and what ``closest_members`` does: at most 16 bytes a row when ``size`` is half the average cluster. This process
-    holds the number of chosen rows of each part.
+
+def resample(members: Sequence[Member], step: Step, size: int, executor: Executor) -> list["ChosenRows"]:
+    """The ``size`` rows closest to each centroid, as parts.
+
+    Dense regions lose most rows, so the centroids of a fresh k-means on the others spread towards a uniform density
+    over the support of the data. Labels and distances are gathered on a worker, which holds them and what
+    ``closest_members`` does: at most 16 bytes a row when ``size`` is half the average cluster. This process holds the
+    number of chosen rows of each part.
     """
-    assigned = executor.reduce(assigned_part, parts, operator.add, shared={"centroids": centroids})
-    chosen = on_worker(executor, closest_members, {"assigned": assigned, "n_clusters": len(centroids), "size": size})
+    n_clusters = len(step.centroids)
+    assigned = executor.reduce(assigned_part, members, operator.add, shared=step_shared(step, executor))
+    chosen = on_worker(executor, closest_members, {"assigned": assigned, "n_clusters": n_clusters, "size": size})
     counts = on_worker(executor, chosen_counts, {"chosen": chosen}).get()
-    subsets = [ChosenRows(part, chosen, i, n_rows) for i, (part, n_rows) in enumerate(zip(parts, counts, strict=True))]
-    return fit_centroids(subsets, n_clusters, seed_key, executor, n_iter)
+    parts = (member.part for member in members)
+    return [ChosenRows(part, chosen, i, n_rows) for i, (part, n_rows) in enumerate(zip(parts, counts, strict=True))]
 
 
 Assigned = list[tuple[np.ndarray, np.ndarray]]  # labels and squared distances of parts, one after the other
 
 
-def assigned_part(part: Rows, centroids: np.ndarray) -> Assigned:
-    """``assign_part``, as a list of one: lists of neighbours are joined where they were made."""
-    return [assign_part(part, centroids)]
+def assigned_part(member: Member, step: Step, groups: CentroidGroups | None = None) -> Assigned:
+    """``assign_member``, as a list of one: lists of neighbours are joined where they were made."""
+    return [assign_member(member, step, groups)]
 
 
 @dataclass(frozen=True)

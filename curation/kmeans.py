@@ -1,25 +1,31 @@
-"""K-means over parts of rows: greedy k-means++ on a bounded sample, then Lloyd's steps with float64 sums.
+"""K-means over parts of rows: seeds from a bounded sample, then Lloyd's steps with float64 sums until little changes.
 
 An array is one part and the serial executor one worker, so both forms are the same code. The driver holds
 centroids and sums, O(k * d), and O(parts); never anything O(rows).
 """
 
+import hashlib
 import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from curation.execute import Executor, Ref, SerialExecutor
+from curation import coarse
+from curation.coarse import CentroidGroups, CoarseTarget, group_centroids
+from curation.execute import Executor, Ref, SerialExecutor, on_worker
+from curation.nearest import Bounds, Target, assign, moved_by
+from curation.seeding import seed_rows
 
 BLOCK_ROWS = 4096  # rows of a part meet a kernel in blocks of this height; part of the stage version
-CENTROID_COLUMNS = 2048  # centroids compared at once: scores of a block take 32 MiB
-SEED_ROWS_PER_CLUSTER = 32  # rows k-means++ sees for every cluster it seeds ...
+SEED_ROWS_PER_CLUSTER = 32  # rows the seeding sees for every cluster ...
 MIN_SEED_ROWS = 65_536  # ... and at least so many
-UNIT_ROUNDOFF = 2.0**-24  # of float32
+TOLERANCE = 1e-4  # relative decrease of the objective in a step: less changes it by less than .001 to the end
+SPLIT = 2.0**-10  # of a value: how far the two halves of a cluster begin apart, up and down in turns
+EMPTY = ("keep", "split")
 
 
 class Rows(Protocol):
@@ -95,6 +101,7 @@ class Sums(NamedTuple):
 
     sums: np.ndarray  # float64 (k, d), of the rows of each cluster
     sizes: np.ndarray  # int64 (k,), rows of each cluster
+    objective: float = 0.0  # squared distances of the rows to the centroids they were assigned to
 
     @staticmethod
     def zeros(n_clusters: int, width: int) -> "Sums":
@@ -102,14 +109,120 @@ class Sums(NamedTuple):
         return Sums(np.zeros((n_clusters, width)), np.zeros(n_clusters, np.int64))
 
     def add(self, x: np.ndarray, labels: np.ndarray) -> None:
-        """Add float32 rows (n, d) with labels (n,), in row order."""
+        """Add float32 rows (n, d) with labels (n,), in row order; the objective is the caller's."""
         from curation import loops
 
         loops.add_rows(self.sums, self.sizes, x, labels)
 
     def merge(self, other: "Sums") -> "Sums":
         """Both together, in new arrays: on a cluster the inputs are read-only."""
-        return Sums(self.sums + other.sums, self.sizes + other.sizes)
+        return Sums(self.sums + other.sums, self.sizes + other.sizes, self.objective + other.objective)
+
+
+class Memory(Protocol):
+    """Where the bounds of a part lie from one step to the next; a place that travels with the part. What it holds saves
+    work and changes no bit, so it may be lost."""
+
+    def load(self, tag: bytes) -> Bounds | None:
+        """What was saved under this tag; None when there is nothing, or another tag."""
+        ...
+
+    def save(self, tag: bytes, bounds: Bounds) -> None:
+        """Replace what is there."""
+        ...
+
+
+class State(NamedTuple):
+    """Where k-means stands: all that it needs to go on."""
+
+    centroids: np.ndarray  # float32 (k, d)
+    before: np.ndarray | None = None  # float32 (k, d): those that rows were last assigned to
+    n_done: int = 0  # steps
+    objective: float = math.inf  # of ``before``: the sum of squared distances
+    done: bool = False
+
+
+class Trail(Protocol):
+    """What a fit leaves behind on its way."""
+
+    def memory(self, part: int) -> Memory | None:
+        """Where the bounds of a part may lie; None: nowhere, every step begins afresh."""
+        ...
+
+    def load(self) -> State | None:
+        """Where an interrupted fit stood."""
+        ...
+
+    def save(self, state: State) -> None:
+        """Keep this, whole or not at all: called after the seeding and after every step."""
+        ...
+
+
+@dataclass
+class Held:
+    """Bounds in this process, 8 bytes a row: for an executor that does everything here."""
+
+    tag: bytes = b""
+    bounds: Bounds | None = None
+
+    def load(self, tag: bytes) -> Bounds | None:
+        """As ``Memory``."""
+        return self.bounds if tag == self.tag else None
+
+    def save(self, tag: bytes, bounds: Bounds) -> None:
+        """As ``Memory``."""
+        self.tag, self.bounds = tag, bounds
+
+
+@dataclass
+class HeldTrail:
+    """Bounds in this process; nothing that outlives it."""
+
+    parts: dict[int, Held] = field(default_factory=dict)
+
+    def memory(self, part: int) -> Held:
+        """As ``Trail``."""
+        return self.parts.setdefault(part, Held())
+
+    def load(self) -> State | None:
+        """Nothing."""
+        return None
+
+    def save(self, state: State) -> None:
+        """Nowhere."""
+
+
+class NoTrail:
+    """Nothing is kept."""
+
+    def memory(self, part: int) -> Memory | None:
+        """None."""
+        return None
+
+    def load(self) -> State | None:
+        """Nothing."""
+        return None
+
+    def save(self, state: State) -> None:
+        """Nowhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lloyd:
+    """How long Lloyd's algorithm goes on, and what becomes of clusters that lose their rows."""
+
+    n_iter: int = 50  # steps, at most
+    tol: float = TOLERANCE  # stop when a step lowers the objective by at most this share; 0: when nothing moves
+    empty: str = "keep"  # an empty cluster stays where it was; "split": it takes half of the largest one
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tol < 1:
+            raise ValueError(f"tol must be in [0, 1): got {self.tol}")
+        if self.empty not in EMPTY:
+            raise ValueError(f"empty must be one of {', '.join(EMPTY)}: got {self.empty!r}")
+
+
+LLOYD, NO_TRAIL = Lloyd(), NoTrail()  # the defaults
 
 
 class KMeans(NamedTuple):
@@ -120,17 +233,24 @@ class KMeans(NamedTuple):
     sq_distance: np.ndarray  # float32 (n,), squared Euclidean, to the row's own centroid
 
 
-def kmeans(x: np.ndarray, n_clusters: int, rng: np.random.Generator, n_iter: int = 50) -> KMeans:
-    """K-means of rows by Lloyd's algorithm from a greedy k-means++ start.
+def kmeans(
+    x: np.ndarray, n_clusters: int, rng: np.random.Generator, n_iter: int = 50, tol: float = TOLERANCE,
+    empty: str = "keep",
+) -> KMeans:  # fmt: skip
+    """K-means of rows by Lloyd's algorithm from seeds that are spread as those of k-means++.
 
     x: float (n, d), finite; used in float32 (other floats are copied). At most n clusters are made. ``n_iter`` Lloyd
-    steps, fewer when the centroids stop moving; a cluster that loses its rows keeps its centroid. ``rng`` gives one
-    seed. Ties go to the lower cluster. Holds, beside x, 8 bytes a row, the seeding sample twice (max(32 * k, 65536)
-    rows) and k * d * 28 bytes. Raises ValueError for no rows, no clusters, or rows that are not finite.
+    steps, fewer when one lowers the objective by a share of at most ``tol``, or when the centroids stop moving; see
+    ``Lloyd`` for ``empty``. ``rng`` gives one seed. Ties go to the lower cluster. Holds, beside x, 16 bytes a row, the
+    seeding sample three times (max(32 * k, 65536) rows) and k * d * 32 bytes. Raises ValueError for no rows, no
+    clusters, or rows that are not finite.
     """
-    part = ArrayRows(finite_rows(x))
-    centroids = fit_centroids([part], n_clusters, (int(rng.integers(2**32)),), SerialExecutor(), n_iter)
-    return KMeans(centroids, *assign_part(part, centroids))
+    part, trail, executor = ArrayRows(finite_rows(x)), HeldTrail(), SerialExecutor()
+    key, how = (int(rng.integers(2**32)),), Lloyd(n_iter=n_iter, tol=tol, empty=empty)
+    state = fit([part], n_clusters, key, executor, how, trail)
+    step = step_shared(step_of(state), executor)
+    groups = step["groups"].get() if "groups" in step else None
+    return KMeans(state.centroids, *assign_member(Member(part, trail.memory(0)), step["step"], groups))
 
 
 def finite_rows(x: np.ndarray) -> np.ndarray:
@@ -144,110 +264,178 @@ def finite_rows(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def fit_centroids(
-    parts: Sequence[Rows], n_clusters: int, seed_key: tuple[int, ...], executor: Executor, n_iter: int = 50
-) -> np.ndarray:
-    """Centroids float32 (k, d) of the rows of all parts, k = min(n_clusters, rows), by ``n_iter`` Lloyd steps.
+def fit(
+    parts: Sequence[Rows],
+    n_clusters: int,
+    seed_key: tuple[int, ...],
+    executor: Executor,
+    how: Lloyd = LLOYD,
+    trail: Trail = NO_TRAIL,
+) -> State:
+    """K-means of the rows of all parts, k = min(n_clusters, rows), to its end; goes on where ``trail`` says it stood.
 
-    The seeding draws from ``default_rng([*seed_key, purpose, part])``. The same
-    parts give the same bits on any number of workers; other parts of the same rows another rounding of the sums
-    and, when there are more rows than the seeding sample takes, another sample.
+    The seeding draws from ``default_rng([*seed_key, purpose, part])``. The same parts give the same bits on any number
+    of workers; other parts of the same rows another rounding of the sums and, when there are more rows than the seeding
+    sample takes, another sample.
     """
     n_rows = sum(part.n_rows for part in parts)
     if n_clusters < 1 or n_rows == 0:
         raise ValueError(f"k-means needs at least one cluster and one row: got {n_clusters} clusters of {n_rows} rows")
-    centroids = seed_centroids(parts, min(n_clusters, n_rows), seed_key, executor)
-    for _ in range(n_iter):
-        moved = lloyd_step(parts, centroids, executor)
-        if np.array_equal(moved, centroids):  # nothing will move any more, nor will a label change
-            break
-        centroids = moved
-    return centroids
+    state = trail.load()
+    if state is None:
+        state = State(seed_centroids(parts, min(n_clusters, n_rows), seed_key, executor))
+        trail.save(state)
+    return refine(parts, state, executor, how, trail)
 
 
-def lloyd_step(parts: Sequence[Rows], centroids: np.ndarray, executor: Executor) -> np.ndarray:
-    """One step of Lloyd's algorithm, centroids float32 (k, d) to the same; an empty cluster stays where it was."""
-    total = executor.reduce(part_sums, parts, Sums.merge, shared={"centroids": centroids}).get()
+def refine(
+    parts: Sequence[Rows], state: State, executor: Executor,
+    how: Lloyd = LLOYD, trail: Trail = NO_TRAIL,
+) -> State:  # fmt: skip
+    """Lloyd's steps from a state to the end that ``how`` sets."""
+    members = [Member(part, trail.memory(i)) for i, part in enumerate(parts)]
+    while not state.done and state.n_done < how.n_iter:
+        state = lloyd_step(members, state, executor, how)
+        trail.save(state)
+    return state
+
+
+class Member(NamedTuple):
+    """A part and the memory of its bounds."""
+
+    part: Rows
+    memory: Memory | None = None
+
+
+class Step(NamedTuple):
+    """What a worker needs to assign the rows of a part: centroids, and how they came from those before."""
+
+    centroids: np.ndarray  # float32 (k, d)
+    drift: np.ndarray | None = None  # float64 (k,), see ``moved_by``
+    tag: bytes = b""  # of the centroids
+    tag_before: bytes = b""  # of those that bounds are known for
+
+
+def step_of(state: State) -> Step:
+    """How rows are assigned to the centroids of a state."""
+    tag = tag_of(state.centroids)
+    if state.before is None:
+        return Step(state.centroids, None, tag)
+    return Step(state.centroids, moved_by(state.before, state.centroids), tag, tag_of(state.before))
+
+
+def step_shared(step: Step, executor: Executor) -> dict[str, Any]:
+    """What tasks that assign rows share: the step, and the groups of very many centroids, made on a worker."""
+    if len(step.centroids) < coarse.COARSE_FROM:
+        return {"step": step}
+    return {"step": step, "groups": on_worker(executor, group_centroids, {"centroids": step.centroids})}
+
+
+def tag_of(centroids: np.ndarray) -> bytes:
+    """32 bytes that tell centroids from others."""
+    return hashlib.sha256(centroids.tobytes()).digest()
+
+
+def lloyd_step(members: Sequence[Member], state: State, executor: Executor, how: Lloyd) -> State:
+    """One step of Lloyd's algorithm."""
+    centroids = state.centroids
+    total: Sums = executor.reduce(part_sums, members, Sums.merge, shared=step_shared(step_of(state), executor)).get()
     full, moved = total.sizes > 0, centroids.copy()
     moved[full] = total.sums[full] / total.sizes[full, None]
-    return moved
+    if how.empty == "split":
+        split_largest(moved, total.sizes)
+    small = how.tol > 0 and state.objective - total.objective <= how.tol * total.objective
+    done = small or np.array_equal(moved, centroids)  # then nothing will move any more, nor will a label change
+    return State(moved, centroids, state.n_done + 1, total.objective, bool(done))
 
 
-def part_sums(part: Rows, centroids: np.ndarray) -> Sums:
-    """What one part adds: float64 sums (k, d) and int64 sizes (k,) of the clusters its rows are nearest to."""
-    sums = Sums.zeros(*centroids.shape)
-    for x in part.blocks():
-        sums.add(x, nearest_centroid(x, centroids)[0])
-    return sums
+def split_largest(centroids: np.ndarray, sizes: np.ndarray) -> None:
+    """Give every empty cluster half of what is the largest one by then, ties to the lower, in place: the two begin a
+    little to both sides of it. What FAISS does too; no row is looked at."""
+    import heapq
+
+    heap = [(-size, cluster) for cluster, size in enumerate(sizes.tolist()) if size > 1]
+    heapq.heapify(heap)
+    way = np.where(np.arange(centroids.shape[1]) % 2, -SPLIT, SPLIT).astype(np.float32)
+    for empty in np.flatnonzero(sizes == 0).tolist():
+        if not heap:
+            return
+        size, largest = heap[0]
+        centroids[empty] = centroids[largest] * (1 - way)
+        centroids[largest] *= 1 + way
+        heapq.heapreplace(heap, (size + (-size // 2), largest))
+        heapq.heappush(heap, (-(-size // 2), empty))
 
 
-def assign_part(part: Rows, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest centroid of each row of a part: labels int32 (n,) and squared distances float32 (n,)."""
-    labels, sq_distance = np.empty(part.n_rows, np.int32), np.empty(part.n_rows, np.float32)
-    start = 0
+def part_sums(member: Member, step: Step, groups: CentroidGroups | None = None) -> Sums:
+    """What one part adds: float64 sums (k, d), int64 sizes (k,) and the objective of the clusters its rows are nearest
+    to."""
+    sums, objective = Sums.zeros(*step.centroids.shape), 0.0
+    for x, labels, sq_distance in assigned_blocks(member, step, groups):
+        sums.add(x, labels)
+        objective += float(sq_distance.sum(dtype=np.float64))
+    return sums._replace(objective=objective)
+
+
+def assigned_blocks(
+    member: Member, step: Step, groups: CentroidGroups | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Blocks of a part with their labels and squared distances; at the end what is known then goes to its memory.
+    With ``groups`` rows are assigned through them, and nothing is known."""
+    part, memory = member
+    if groups is not None:
+        probed = CoarseTarget(groups)
+        for x in part.blocks():
+            yield x, *probed.assign(x)
+        return
+    known = memory.load(step.tag_before) if memory is not None and step.drift is not None else None
+    target = Target(step.centroids, None if known is None else step.drift)
+    bounds, start = [], 0
     for x in part.blocks():
         at = slice(start, start + len(x))
-        labels[at], sq_distance[at] = nearest_centroid(x, centroids)
+        found = assign(x, target, None if known is None else Bounds(known.labels[at], known.lower[at]))
+        start = at.stop
+        if memory is not None:
+            bounds.append(found.bounds)
+        yield x, found.labels, found.sq_distance
+    if memory is not None and bounds:
+        memory.save(step.tag, Bounds(*map(np.concatenate, zip(*bounds, strict=True))))
+
+
+def assign_member(member: Member, step: Step, groups: CentroidGroups | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest centroid of each row of a part: labels int32 (n,) and squared distances float32 (n,)."""
+    part = member.part
+    labels, sq_distance = np.empty(part.n_rows, np.int32), np.empty(part.n_rows, np.float32)
+    start = 0
+    for _, some, distances in assigned_blocks(member, step, groups):
+        at = slice(start, start + len(some))
+        labels[at], sq_distance[at] = some, distances
         start = at.stop
     return labels, sq_distance
 
 
-def nearest_centroid(x: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest centroid of each row, ties to the lower index.
-
-    x (n, d) and centroids (k, d): float32, finite. Returns labels int32 (n,) and squared Euclidean distances
-    float32 (n,). A float32 product finds the candidates; where two are closer than its rounding error, the distances
-    themselves, summed in float64, decide. So neither labels nor distances depend on how x is cut into blocks.
-    Holds n * min(k, CENTROID_COLUMNS) * 4 bytes, so the caller cuts x into blocks.
-    Raises ValueError if the widths differ or k is 0.
-    """
-    from curation import loops
-
-    if centroids.shape[0] == 0 or x.shape[1] != centroids.shape[1]:
-        raise ValueError(f"cannot assign rows {x.shape} to centroids {centroids.shape}")
-    shift = centroids.mean(axis=0)  # distances stay, products get smaller, and with them their rounding errors
-    near, far = x - shift, centroids - shift
-    half = 0.5 * np.einsum("kd,kd->k", far, far)
-    labels, best, second = best_two(near, far, half)
-    reach = math.sqrt(2 * float(half.max()))  # longest centroid
-    length = np.sqrt(np.einsum("nd,nd->n", near, near))
-    error = (x.shape[1] + 8) * UNIT_ROUNDOFF * reach * (length + reach)  # bound of one score's error
-    doubt = np.flatnonzero(~(best - second > 2 * error))
-    if len(doubt):
-        rows, floor = x[doubt], (best - 2 * error)[doubt].astype(np.float32)
-        settled, distance = labels[doubt], np.full(len(doubt), np.inf)
-        for first, score in scores(near[doubt], far, half):
-            loops.settle(rows, centroids, score, floor, first, distance, settled)
-        labels[doubt] = settled
-    return labels, loops.row_sq_distances(x, centroids, labels)
+def assign_part(part: Rows, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``assign_member`` of a part of which nothing is known."""
+    groups = group_centroids(centroids) if len(centroids) >= coarse.COARSE_FROM else None
+    return assign_member(Member(part), Step(centroids), groups)
 
 
-def scores(x: np.ndarray, centroids: np.ndarray, half: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """``x @ centroids.T - half``, highest for the nearest, CENTROID_COLUMNS columns at a time with the first index."""
-    for first in range(0, len(centroids), CENTROID_COLUMNS):
-        score = x @ centroids[first : first + CENTROID_COLUMNS].T
-        score -= half[first : first + CENTROID_COLUMNS]
-        yield first, score
-
-
-def best_two(x: np.ndarray, centroids: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Label int32 of the best score of each row, that score, and the second best (-inf if k is 1), float32 (n,)."""
-    rows, labels = np.arange(len(x)), np.zeros(len(x), np.int32)
-    best, second = np.full((2, len(x)), -np.inf, np.float32)
-    for first, score in scores(x, centroids, half):
-        column = score.argmax(axis=1)
-        top = score[rows, column]
-        score[rows, column] = -np.inf
-        second = np.maximum(np.maximum(second, score.max(axis=1)), np.minimum(best, top))
-        labels[top > best] = (first + column)[top > best]
-        best = np.maximum(best, top)
-    return labels, best, second
+def fit_centroids(
+    parts: Sequence[Rows],
+    n_clusters: int,
+    seed_key: tuple[int, ...],
+    executor: Executor,
+    how: Lloyd = LLOYD,
+    trail: Trail = NO_TRAIL,
+) -> np.ndarray:
+    """Centroids float32 (k, d) of ``fit``."""
+    return fit(parts, n_clusters, seed_key, executor, how, trail).centroids
 
 
 def seed_centroids(parts: Sequence[Rows], n_clusters: int, seed_key: tuple[int, ...], executor: Executor) -> np.ndarray:
-    """First centroids float32 (k, d): greedy k-means++ on a uniform sample of max(32 * k, 65536) rows, or all rows.
+    """First centroids float32 (k, d): see ``seed_rows``, on a uniform sample of max(32 * k, 65536) rows, or all rows.
 
-    The sample is gathered and used on a worker (rows * d * 8 bytes there); only the centroids come to the driver.
+    The sample is gathered and used on a worker (rows * d * 12 bytes there); only the centroids come to the driver.
     """
     n_wanted = max(SEED_ROWS_PER_CLUSTER * n_clusters, MIN_SEED_ROWS)
     counts = sample_counts([part.n_rows for part in parts], n_wanted, np.random.default_rng([*seed_key, 2, 0]))
@@ -290,48 +478,5 @@ def draw_rows(draw: Draw) -> list[np.ndarray]:
 def seeds_of_sample(key: tuple[int, ...], sample: list[np.ndarray], n_clusters: int) -> np.ndarray:
     """Centroids float32 (k, d) chosen from the rows of a sample."""
     x = np.concatenate(sample)
-    chosen: np.ndarray = x[kmeans_plus_plus(x, n_clusters, np.random.default_rng(key))]
+    chosen: np.ndarray = x[seed_rows(x, n_clusters, np.random.default_rng(key))]
     return chosen
-
-
-def kmeans_plus_plus(x: np.ndarray, n_clusters: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows int64 (k,) of x to start k-means from: greedy k-means++ (Arthur & Vassilvitskii 2007).
-
-    x: float32 (n, d). The first row is uniform; for each next one 2 + floor(ln k) candidates are drawn with
-    probability proportional to the squared distance to the nearest chosen row, and the one that leaves the smallest
-    sum of these stays (ties: the first drawn). A row is chosen twice only where all others coincide with chosen ones.
-    Holds a copy of x and (2 + ln k) * n * 8 bytes.
-    """
-    n_candidates = 2 + int(math.log(n_clusters))
-    x = x - x.mean(axis=0)
-    norms = np.einsum("nd,nd->n", x, x)
-    close = 1e-3 * float(norms.max())
-    nearest = np.full(len(x), np.inf, np.float32)
-    chosen = np.empty(n_clusters, np.int64)
-    for i in range(n_clusters):
-        drawn = draw_candidates(nearest, n_candidates, rng) if i else rng.integers(len(x), size=1)
-        left = np.minimum(sq_distances_to(x, norms, drawn), nearest)
-        best = int(left.sum(axis=1).argmin())
-        chosen[i] = drawn[best]
-        near = np.flatnonzero(left[best] <= close)  # inexact in a product: copies of the row must be at 0
-        left[best, near] = np.minimum(nearest[near], ((x[near] - x[chosen[i]]) ** 2).sum(axis=1))
-        nearest = left[best]
-    return chosen
-
-
-def draw_candidates(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """``n`` indices int64 with probability proportional to the weights, with replacement."""
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    drawn: np.ndarray = np.searchsorted(cumulative, rng.random(n) * cumulative[-1], side="right")
-    drawn[drawn == len(weights)] -= 1  # all weights 0
-    return drawn
-
-
-def sq_distances_to(x: np.ndarray, norms: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """float32 (m, n) squared distances of all rows to the given ones, by a product: small ones are inexact."""
-    distance: np.ndarray = x[rows] @ x.T
-    distance *= -2
-    distance += norms
-    distance += norms[rows][:, None]
-    np.maximum(distance, 0, out=distance)
-    return distance

@@ -17,7 +17,8 @@ from curation.hierarchy import (
     hierarchical_kmeans,
     resample,
 )
-from curation.kmeans import ArrayRows, SubsetRows, fit_centroids, kmeans, nearest_centroid
+from curation.kmeans import ArrayRows, Lloyd, Member, Step, SubsetRows, fit_centroids, kmeans
+from curation.nearest import nearest_centroid
 
 
 def two_squares(rng, dense, sparse):
@@ -168,8 +169,8 @@ def test_small_inputs():
 
 def test_resampling_keeps_a_cluster_for_every_row_it_keeps():
     x = np.repeat(np.eye(3, dtype="f4"), 5, axis=0)
-    centroids = resample([ArrayRows(x)], np.eye(3, dtype="f4"), 8, 2, seed_key=(0,), executor=SerialExecutor())
-    assert len(centroids) == 6  # three clusters, two rows of each
+    parts = resample([Member(ArrayRows(x))], Step(np.eye(3, dtype="f4")), 2, SerialExecutor())
+    assert len(fit_centroids(parts, 8, (0,), SerialExecutor())) == 6  # three clusters, two rows of each
 
 
 @dataclass(frozen=True)
@@ -244,10 +245,10 @@ def test_the_driver_holds_parts_and_centroids_never_rows(tmp_path):
         np.save(tmp_path / f"{i}.npy", piece)
         parts.append(FileRows(str(tmp_path / f"{i}.npy"), len(piece)))
     recording = RecordingExecutor()
-    fitted = fit_level(parts, k, 2, None, seed_key=(3,), executor=recording, n_iter=5)
+    fitted = fit_level(parts, k, 2, None, seed_key=(3,), executor=recording, how=Lloyd(n_iter=5))
     assert max(recording.seen) < 2000 + 100 * n_parts + 16 * k * width  # half the rows as bits are 1250, as rows 80,000
     assert max(map(len, recording.values)) > 8 * len(x) // 2  # the store had them
-    serial = fit_level(parts, k, 2, None, seed_key=(3,), executor=SerialExecutor(), n_iter=5)
+    serial = fit_level(parts, k, 2, None, seed_key=(3,), executor=SerialExecutor(), how=Lloyd(n_iter=5))
     np.testing.assert_array_equal(fitted, serial)
 
 

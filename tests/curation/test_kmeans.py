@@ -5,26 +5,29 @@ import pytest
 from sklearn.cluster import KMeans as SklearnKMeans
 
 from curation import kmeans as module
-from curation import loops
 from curation.execute import SerialExecutor
 from curation.kmeans import (
     BLOCK_ROWS,
     ArrayRows,
     Draw,
+    HeldTrail,
+    Lloyd,
+    Member,
+    State,
+    Step,
     SubsetRows,
     Sums,
     assign_part,
-    draw_candidates,
     fit_centroids,
     full_blocks,
     kmeans,
-    kmeans_plus_plus,
     lloyd_step,
-    nearest_centroid,
     part_sums,
+    refine,
     sample_counts,
     seeds_of_sample,
 )
+from curation.nearest import nearest_centroid
 
 
 def blobs(seed, n=4000, width=8, n_blobs=30, spread=0.3):
@@ -38,70 +41,10 @@ def cut(x, cuts):
     return [ArrayRows(piece) for piece in np.split(x, cuts)]
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("columns", [4, 2048])
-def test_nearest_matches_brute_force(seed, columns, monkeypatch):
-    monkeypatch.setattr(module, "CENTROID_COLUMNS", columns)
-    rng = np.random.default_rng(seed)
-    x, c = rng.normal(size=(100, 5)).astype("f4"), rng.normal(size=(9, 5)).astype("f4")
-    distance = ((x[:, None].astype("f8") - c[None]) ** 2).sum(-1)
-    labels, sq_distance = nearest_centroid(x, c)
-    assert labels.dtype == np.int32 and sq_distance.dtype == np.float32
-    np.testing.assert_array_equal(labels, distance.argmin(1))
-    np.testing.assert_allclose(sq_distance, distance.min(1), rtol=1e-6)
-
-
-@pytest.mark.parametrize("columns", [7, 64, 2048])
-@pytest.mark.parametrize("shift", [0, 1000])
-def test_nearest_is_exact_where_float32_products_are_not(columns, shift, monkeypatch):
-    """Equal and nearly equal centroids, far from the origin: the lowest index of the true nearest one wins."""
-    monkeypatch.setattr(module, "CENTROID_COLUMNS", columns)
-    rng = np.random.default_rng(0)
-    c = rng.normal(size=(30, 100)).astype("f4")
-    c = np.concatenate([c, c + rng.normal(size=c.shape) * 1e-6, c]).astype("f4") + np.float32(shift)
-    x = (c[rng.integers(90, size=500)] + 1e-3 * rng.normal(size=(500, 100))).astype("f4")
-    labels, sq_distance = nearest_centroid(x, c)
-    distance = ((x[:, None].astype("f8") - c[None]) ** 2).sum(-1)
-    np.testing.assert_allclose(distance[np.arange(500), labels], distance.min(1), rtol=1e-12)
-    assert (labels < 60).all()  # never the second of two equal ones
-    np.testing.assert_allclose(sq_distance, distance.min(1), rtol=1e-6)
-
-
-def test_nearest_does_not_depend_on_the_block():
-    rng = np.random.default_rng(1)
-    x, c = rng.normal(size=(1000, 65)).astype("f4"), rng.normal(size=(333, 65)).astype("f4")
-    whole = nearest_centroid(x, c)
-    pieces = [nearest_centroid(piece, c) for piece in np.split(x, [1, 2, 5, 300, 777])]
-    for all_at_once, cut_up in zip(whole, zip(*pieces, strict=True), strict=True):
-        np.testing.assert_array_equal(all_at_once, np.concatenate(cut_up))
-
-
-@pytest.mark.parametrize("shift", [0, 1000])
-def test_products_decide_wherever_they_can(shift, monkeypatch):
-    """The slow comparison is for doubts only, also when all rows stand on one side of the origin."""
-    doubts = []
-    monkeypatch.setattr(loops, "settle", lambda x, *args: doubts.append(len(x)))
-    c = np.random.default_rng(0).normal(size=(50, 64)).astype("f4") + np.float32(shift)
-    labels = np.random.default_rng(1).integers(50, size=1000)
-    x = (c[labels] + 0.1 * np.random.default_rng(2).normal(size=(1000, 64))).astype("f4")
-    np.testing.assert_array_equal(nearest_centroid(x, c)[0], labels)
-    assert sum(doubts) == 0
-
-
-def test_one_centroid_takes_all():
-    labels, sq_distance = nearest_centroid(np.full((3, 2), 2, "f4"), np.zeros((1, 2), "f4"))
-    assert labels.tolist() == [0, 0, 0] and sq_distance.tolist() == [8, 8, 8]
-
-
-def test_widths_that_differ_are_named():
-    with pytest.raises(ValueError, match=r"rows \(2, 3\) to centroids \(2, 4\)"):
-        nearest_centroid(np.zeros((2, 3), "f4"), np.zeros((2, 4), "f4"))
-
-
 @pytest.mark.parametrize("shape", [{}, {"n_blobs": 400, "spread": 0.05}, {"width": 2}, {"width": 64, "spread": 2}])
 def test_inertia_is_that_of_scikit_learn(shape):
     x, k = blobs(0, **shape), 50
-    ours = [kmeans(x, k, np.random.default_rng(seed), n_iter=300).sq_distance.sum() for seed in range(4)]
+    ours = [kmeans(x, k, np.random.default_rng(seed), n_iter=300, tol=0).sq_distance.sum() for seed in range(4)]
     theirs = [SklearnKMeans(k, n_init=1, max_iter=300, tol=0, random_state=seed).fit(x).inertia_ for seed in range(4)]
     assert np.mean(ours) <= 1.01 * np.mean(theirs)
     assert np.mean(theirs) <= 1.05 * np.mean(ours)  # nor far better: that would be another objective
@@ -111,10 +54,9 @@ def test_lloyd_from_the_same_start_matches_scikit_learn():
     x = blobs(5)
     start = x[:40].copy()
     theirs = SklearnKMeans(40, init=start, n_init=1, max_iter=7, tol=0, algorithm="lloyd").fit(x)
-    centroids = start
-    for _ in range(7):
-        centroids = lloyd_step([ArrayRows(x)], centroids, SerialExecutor())
-    np.testing.assert_allclose(centroids, theirs.cluster_centers_, atol=1e-4)
+    state = refine([ArrayRows(x)], State(start), SerialExecutor(), Lloyd(n_iter=7, tol=0))
+    assert state.n_done == 7
+    np.testing.assert_allclose(state.centroids, theirs.cluster_centers_, atol=1e-4)
 
 
 def test_labels_and_distances_belong_to_the_centroids():
@@ -130,20 +72,23 @@ def test_labels_and_distances_belong_to_the_centroids():
 
 def test_the_objective_never_rises():
     x = blobs(2)
-    inertia = [kmeans(x, 40, np.random.default_rng(0), n_iter=n).sq_distance.sum(dtype="f8") for n in (0, 1, 2, 5, 50)]
+    inertia = [
+        kmeans(x, 40, np.random.default_rng(0), n_iter=n, tol=0).sq_distance.sum(dtype="f8") for n in (0, 1, 2, 5, 50)
+    ]
     assert (np.diff(inertia) <= 0).all() and inertia[-1] < 0.99 * inertia[0]
 
 
 def test_it_stops_when_nothing_moves(monkeypatch):
     calls = []
     monkeypatch.setattr(module, "lloyd_step", lambda *args: calls.append(1) or lloyd_step(*args))
-    kmeans(blobs(3, n_blobs=4, spread=0.01), 4, np.random.default_rng(0), n_iter=1000)
+    kmeans(blobs(3, n_blobs=4, spread=0.01), 4, np.random.default_rng(0), n_iter=1000, tol=0)
     assert len(calls) <= 5
 
 
 def test_an_empty_cluster_stays_where_it_was():
     x, far = blobs(4)[:, :2], np.array([[100, 100]], "f4")
-    moved = lloyd_step([ArrayRows(x)], np.concatenate([x[:3], far]), SerialExecutor())
+    start = State(np.concatenate([x[:3], far]))
+    moved = lloyd_step([Member(ArrayRows(x))], start, SerialExecutor(), Lloyd()).centroids
     np.testing.assert_array_equal(moved[3], far[0])
     np.testing.assert_allclose(moved[:3].mean(), x.mean(), atol=1)
 
@@ -203,37 +148,13 @@ def test_a_bounded_seeding_sample_costs_no_quality(n_parts, monkeypatch):
 
 def test_sums_are_those_of_the_labels():
     x, c = blobs(8), blobs(9)[:40]
-    total = Sums.merge(*(part_sums(part, c) for part in cut(x, [1500])))
+    total = Sums.merge(*(part_sums(Member(part), Step(c)) for part in cut(x, [1500])))
     labels = nearest_centroid(x, c)[0]
+    np.testing.assert_allclose(total.objective, nearest_centroid(x, c)[1].sum(dtype="f8"))
     np.testing.assert_array_equal(total.sizes, np.bincount(labels, minlength=40))
     expected = np.zeros((40, 8))
     np.add.at(expected, labels, x.astype("f8"))
     np.testing.assert_allclose(total.sums, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_seeds_are_distinct_rows_while_there_are_any():
-    x = np.repeat(blobs(0, width=64)[:60], 20, axis=0) + np.float32(50)  # 20 copies of each, off centre
-    for seed in range(20):
-        chosen = kmeans_plus_plus(x, 60, np.random.default_rng(seed))
-        assert chosen.dtype == np.int64 and len(np.unique(chosen // 20)) == 60
-
-
-def test_seeds_are_distinct_where_products_cannot_tell():
-    """Two tight groups far apart: squared distances inside a group are below the rounding of a float32 product."""
-    rng = np.random.default_rng(0)
-    x = np.concatenate([1e-4 * rng.normal(size=(30, 64)) + side for side in (-1, 1)]).astype("f4")
-    for seed in range(5):
-        chosen = kmeans_plus_plus(np.repeat(x, 20, axis=0), 60, np.random.default_rng(seed))
-        assert len(np.unique(chosen // 20)) == 60
-
-
-def test_a_draw_at_the_edge_skips_rows_without_weight():
-    class Lowest:
-        def random(self, n):
-            return np.zeros(n)
-
-    assert draw_candidates(np.array([0, 0, 1, 0], "f4"), 2, Lowest()).tolist() == [2, 2]
-    assert draw_candidates(np.zeros(4, "f4"), 2, Lowest()).tolist() == [3, 3]  # all rows coincide with chosen ones
 
 
 def test_every_part_draws_from_its_own_key():
@@ -252,13 +173,6 @@ def test_every_part_draws_from_its_own_key():
         fit_centroids(cut(blobs(0), [1000, 2000, 3000]), 5, seed_key, Recording())
     states = {tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys}
     assert len(keys) == len(states) == 2 * (4 + 1)
-
-
-def test_candidates_are_drawn_by_weight():
-    weights = np.array([0, 1, 0, 3, 6, 0], "f4")
-    counts = np.bincount(draw_candidates(weights, 20_000, np.random.default_rng(0)), minlength=6)
-    np.testing.assert_allclose(counts / 20_000, weights / 10, atol=0.015)
-    assert not counts[[0, 2, 5]].any()
 
 
 def test_every_row_has_the_same_chance_to_be_in_the_sample():
@@ -304,3 +218,62 @@ def test_ragged_pieces_become_full_blocks():
 def test_what_cannot_be_clustered_is_named(x, k, words):
     with pytest.raises(ValueError, match=words):
         kmeans(x, k, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", [{}, {"n_blobs": 400, "spread": 0.05}, {"width": 64, "spread": 2}])
+def test_the_tolerance_costs_less_than_a_thousandth(shape, seed):
+    x = blobs(seed, **shape)
+    stopped, to_the_end = (kmeans(x, 60, np.random.default_rng(seed), 300, tol) for tol in (module.TOLERANCE, 0))
+    assert stopped.sq_distance.sum(dtype="f8") <= 1.001 * to_the_end.sq_distance.sum(dtype="f8")
+
+
+def test_a_tolerance_ends_it_sooner():
+    start, x = State(blobs(0)[:60].copy()), blobs(0)
+    steps = [
+        refine([ArrayRows(x)], start, SerialExecutor(), Lloyd(n_iter=300, tol=tol)).n_done for tol in (0, 1e-3, 0.99)
+    ]
+    assert steps[0] > steps[1] > steps[2] == 2
+
+
+def test_what_is_remembered_changes_no_bit():
+    """With bounds, without them, and for any blocks a step gives the same centroids and the same objective."""
+    x = blobs(3, n=9000, width=20)
+    parts, start = cut(x, [100, 5000]), State(x[:200].copy())
+    how = Lloyd(n_iter=20, tol=0, empty="split")
+    fresh = refine(parts, start, SerialExecutor(), how)
+    held = refine(parts, start, SerialExecutor(), how, HeldTrail())
+    for a, b in zip(fresh, held, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_empty_cluster_takes_half_of_the_largest():
+    c = np.array([[0, 0], [8, 4], [9, 9], [1, 1], [5, 5]], "f4")
+    sizes = np.array([0, 10, 0, 5, 0])
+    module.split_largest(c, sizes)
+    up, down = 1 + module.SPLIT, 1 - module.SPLIT
+    np.testing.assert_allclose(c[[0, 2]], [[8 * down * up, 4 * up * down], [8 * down * down, 4 * up * up]], rtol=1e-6)
+    np.testing.assert_allclose(c[[1, 4]], [[8 * up * up, 4 * down * down], [8 * up * down, 4 * down * up]], rtol=1e-6)
+    np.testing.assert_array_equal(c[3], [1, 1])  # of three with five rows the first two were split
+
+
+def test_splitting_leaves_no_cluster_empty():
+    x = blobs(1)
+    start = State(np.concatenate([x[:30], x[:30], np.full((5, 8), 99, "f4")]))
+    for empty, full in (("keep", False), ("split", True)):
+        state = refine([ArrayRows(x)], start, SerialExecutor(), Lloyd(n_iter=30, tol=0, empty=empty))
+        assert (len(np.unique(assign_part(ArrayRows(x), state.centroids)[0])) == 65) == full
+
+
+def test_equal_rows_are_split_to_no_end():
+    fitted = kmeans(np.ones((50, 3), "f4"), 5, np.random.default_rng(0), empty="split")
+    assert (fitted.sq_distance < 1e-9).all() and np.isfinite(fitted.centroids).all()
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [({"tol": -1}, r"tol must be in \[0, 1\): got -1"), ({"empty": "drop"}, "one of keep, split: got 'drop'")],
+)
+def test_settings_that_cannot_be_are_named(setting, words):
+    with pytest.raises(ValueError, match=words):
+        Lloyd(**setting)
