@@ -1,49 +1,41 @@
-"""What the page says of a hierarchy: how large its clusters are, and what is in them."""
+"""What the page says of a hierarchy: how large its clusters are, what a sample made of them, and what is in them."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from curation.artifact import Artifact, pool_of, read_table
+from curation.artifact import Artifact, read_table
+from curation.execute import on_worker
 from pipelines.report import drawings
-from pipelines.report.run import Run, best_of, step_inputs
-from pipelines.report.thumbnails import make_thumbs
-from pipelines.stages.cluster import labels_of_level
+from pipelines.report.browser import plan, sheets
+from pipelines.report.drawings import Curve
+from pipelines.report.run import Run, step_inputs
 
 N_BARS = 120  # clusters with a bar of their own; more are drawn as that many quantiles
-
-
-class Member(NamedTuple):
-    """One image of a cluster."""
-
-    luck: float
-    row_id: int
-    chosen: bool  # by the last sample of this hierarchy
+N_TASKS = 64  # that count clusters: each holds all of them, and reads its parts one after the other
 
 
 def clusters(run: Run) -> list[dict[str, Any]]:
-    """Every hierarchy: sizes of its top-level clusters before and after sampling, and a contact sheet of each."""
+    """Every hierarchy: sizes of its clusters before and after sampling, and its clusters from the top down."""
     found = []
     for name, tree in run.of("cluster").items():
         samples = run.reading(tree, "hierarchy", "sample")
         n_clusters: list[int] = tree.facts["n_clusters"]
-        top = np.arange(n_clusters[0])
-        for level in range(1, len(n_clusters)):
-            top = labels_of_level(tree, level)[top]
-        n_top = n_clusters[-1]
-        sizes = np.zeros((1 + len(samples), n_top), np.int64)
-        count = partial(cluster_sizes, tree=tree, samples=list(samples.values()), top=top, n_top=n_top)
-        for some in run.executor.map(count, range(len(tree.parts))):
-            sizes += some
-        order = np.lexsort((np.arange(n_top), -sizes[0]))
-        shown = order[np.unique(np.linspace(0, n_top - 1, min(n_top, run.config.n_clusters)).astype(int))]
+        ranges = np.array_split(np.arange(len(tree.parts)), min(N_TASKS, len(tree.parts)))
+        count = partial(leaf_counts, tree=tree, samples=list(samples.values()), n_leaves=n_clusters[0])
+        sizes = run.executor.reduce(count, [some.tolist() for some in ranges], np.add, fan_in=2)
+        draw = partial(plan, tree=tree, n_levels=len(n_clusters), n_shown=run.config.n_clusters)
+        planned = on_worker(run.executor, draw, {"sizes": sizes}).get()
         last = list(samples.values())[-1] if samples else None
         found.append({
             "name": name, "n_clusters": n_clusters, "backbone": backbone_of(tree), "sample": ["", *samples][-1],
-            "charts": size_charts(sizes[:, order], list(samples)), "n_shown": len(shown),
-            "sheets": sheets(run, tree, last, top, shown, sizes),
+            "charts": size_charts(planned.top, list(samples)),
+            "samples": [told for step, sample in samples.items() if (told := balance_of(step, sample))],
+            "n_shown": sum(some.above < 0 for some in planned.shown),
+            "sheets": sheets(run, tree, last, planned.shown),
         })  # fmt: skip
     return found
 
@@ -54,12 +46,15 @@ def backbone_of(tree: Artifact) -> str:
     return step_inputs(embeddings).get("backbone") or str(tree.facts["backbone"]["name"])
 
 
-def cluster_sizes(index: int, tree: Artifact, samples: Sequence[Artifact], top: np.ndarray, n_top: int) -> np.ndarray:
-    """int64 (1 + samples, n_top): images of a part in each top-level cluster, then those of each sample."""
-    labels = top[read_table(tree.part(index), ["label"])["label"].to_numpy()]
-    kept = [read_table(sample.part(index), ["kept"])["kept"].to_numpy() for sample in samples]
-    sizes = [np.bincount(some, minlength=n_top) for some in (labels, *(labels[mask] for mask in kept))]
-    return np.stack(sizes).astype(np.int64)
+def leaf_counts(parts: Sequence[int], tree: Artifact, samples: Sequence[Artifact], n_leaves: int) -> np.ndarray:
+    """int64 (1 + samples, n_leaves): images of some parts in each level-0 cluster, then those of each sample."""
+    sizes = np.zeros((1 + len(samples), n_leaves), np.int64)
+    for index in parts:
+        labels = read_table(tree.part(index), ["label"])["label"].to_numpy()
+        np.add.at(sizes[0], labels, 1)
+        for own, sample in zip(sizes[1:], samples, strict=True):
+            np.add.at(own, labels[read_table(sample.part(index), ["kept"])["kept"].to_numpy()], 1)
+    return sizes
 
 
 def size_charts(sizes: np.ndarray, samples: Sequence[str]) -> list[tuple[str, Any]]:
@@ -76,39 +71,53 @@ def size_charts(sizes: np.ndarray, samples: Sequence[str]) -> list[tuple[str, An
     return charts
 
 
-def sheets(
-    run: Run, tree: Artifact, sample: Artifact | None, top: np.ndarray, shown: np.ndarray, sizes: np.ndarray
-) -> list[dict[str, Any]]:
-    """Images drawn from each shown cluster, those in the sample marked."""
-    n = run.config.n_images
-    draw = partial(draw_members, tree=tree, sample=sample, top=top, shown=shown, n=n, seed=run.config.seed)
-    members: dict[int, list[Member]] = {cluster: [] for cluster in shown.tolist()}
-    for some in run.executor.map(draw, range(len(tree.parts))):
-        for cluster, more in some.items():
-            members[cluster] = best_of(members[cluster] + more, n, lambda m: (m.luck, m.row_id))
-    rows = [member.row_id for some in members.values() for member in some]
-    thumbs = make_thumbs(run.pool(tree), rows, run.executor)
-    return [
-        {"cluster": cluster, "size": int(sizes[0, cluster]), "after": int(sizes[-1, cluster]) if sample else None,
-         "images": [{"thumb": thumbs[m.row_id], "chosen": m.chosen} for m in sorted(some, key=lambda m: not m.chosen)]}
-        for cluster, some in members.items()
-    ]  # fmt: skip
+def balance_of(name: str, sample: Artifact) -> dict[str, Any]:
+    """How even the clusters of every level are before and after a sample; nothing where that was not counted."""
+    levels = sample.facts.get("levels", [])
+    if not levels:
+        return {}
+    charts = [balance_charts(t, level) for t, level in enumerate(levels) if level["clusters"] > 1]
+    target, drawn = sample.facts["target"], sample.facts["drawn"]
+    return {
+        "name": name, "how": how_drawn(sample.manifest["config"]), "target": target, "drawn": drawn,
+        "short": drawn < target, "levels": levels,
+        "charts": [chart for some in charts for chart in some],
+    }  # fmt: skip
 
 
-def draw_members(
-    index: int, tree: Artifact, sample: Artifact | None, top: np.ndarray, shown: np.ndarray, n: int, seed: int
-) -> Mapping[int, list[Member]]:
-    """At most ``n`` rows of a part from each shown cluster, by luck."""
-    table = read_table(tree.part(index), ["row", "label"])
-    labels = top[table["label"].to_numpy()]
-    row_id = table["row"].to_numpy() + pool_of(tree).starts[index]
-    chosen = np.zeros(len(labels), bool)
-    if sample is not None:
-        chosen = read_table(sample.part(index), ["kept"])["kept"].to_numpy()
-    luck = np.random.default_rng([seed, index]).random(len(labels))
-    found = {}
-    for cluster in np.intersect1d(labels, shown).tolist():
-        rows = np.flatnonzero(labels == cluster)
-        rows = rows[np.argsort(luck[rows], kind="stable")[:n]]
-        found[cluster] = [Member(float(luck[i]), int(row_id[i]), bool(chosen[i])) for i in rows]
-    return found
+def how_drawn(config: Mapping[str, Any]) -> str:
+    """The way of a sample, in a sentence."""
+    level = config.get("level") or 0
+    text = {
+        "tree": "Shared from the top down, every cluster as much as the others in it allow",
+        "uniform": "Drawn from all images alike",
+        "level": f"Shared by the clusters of level {level} alone",
+        "inverse_frequency": f"Drawn with weights 1 / size of an image's cluster of level {level}",
+    }[config.get("mode", "tree")]
+    if config["pick"] == "closest":
+        text += ", the closest to its centroid first"
+    if config["max_copies"] > 1:
+        text += f", an image at most {config['max_copies']} times"
+    for key in ("source", "label"):
+        if (cap := config.get(f"max_per_{key}")) is not None:
+            text += f", at most {cap:,} images of a {key}"
+    return f"{text}."
+
+
+def balance_charts(level: int, told: Mapping[str, Any]) -> list[Markup]:
+    """Sizes of the clusters of a level by rank, and how many clusters have which size."""
+    ranks = np.array(told["ranks"])
+    curves = [Curve(when, np.array(told[when]["at_ranks"]), when) for when in ("before", "after")]
+    alt = f"Sizes of the {told['clusters']} clusters of level {level} by rank, before and after"
+    series = [(when, [n for *_, n in told[when]["sizes"]]) for when in ("before", "after")]
+    longest = max((told[when]["sizes"] for when in ("before", "after")), key=len)
+    names = [str(high) if low == high else f"{low:,}-{high:,}" for low, high, _ in longest]
+    words = [
+        f"{when} " + ", ".join(f"{name} images: {n:,}" for name, n in zip(names, counts, strict=False))
+        for when, counts in series
+    ]
+    ticks = names if len(names) < 3 else [names[0], names[len(names) // 2], names[-1]]
+    bars = drawings.bar_chart(
+        series, ticks, f"images of a cluster of level {level}", f"Clusters by size: {'; '.join(words)}"
+    )
+    return [drawings.rank_chart(ranks, curves, f"clusters of level {level}, the largest first", alt), bars]

@@ -257,6 +257,32 @@ def share_chart(x: np.ndarray, curves: Sequence[Curve], mark: float | None, x_la
     return chart(parts, alt)
 
 
+def rank_chart(ranks: np.ndarray, curves: Sequence[Curve], x_label: str, alt: str) -> Markup:
+    """Sizes from the largest down against their places ``ranks`` int (n,) from 1, both on a scale of powers of ten.
+
+    A size of 0 has no place on it: there a curve ends.
+    """
+    wide, high = decades(int(ranks[-1])), decades(max(int(curve.y[0]) for curve in curves))
+    step = -(-high // 5)  # powers from one line to the next
+    line = Markup(
+        '<path class="grid" d="M{0} {1:.1f}H{2}"/><text class="tick" x="{3}" y="{4:.1f}" text-anchor="end">{5}</text>'
+    )
+    heights = [(y_of(power, high), f"{10.0**power:g}") for power in range(0, high + 1, step)]
+    parts = [line.format(LEFT, at, WIDTH - RIGHT, LEFT - 5, at + 4, word) for at, word in heights]
+    parts += [x_axis(["1", f"{10**wide:,}"], 1, x_label), axis_name("images")]
+    for curve in curves:
+        some = curve.y > 0
+        points = zip(np.log10(ranks[some]).tolist(), np.log10(curve.y[some]).tolist(), strict=True)
+        drawn = " ".join(f"{x_of(x, wide):.1f},{y_of(y, high):.1f}" for x, y in points)
+        parts.append(Markup('<polyline class="curve {0}" points="{1}"/>').format(curve.css, drawn))
+    return chart(parts, alt)
+
+
+def decades(highest: int) -> int:
+    """How many powers of ten an axis from 1 has up to at least ``highest``, one or more."""
+    return max(len(str(max(highest, 1) - 1)), 1)
+
+
 def bar_chart(series: Sequence[tuple[str, Sequence[float]]], ticks: Sequence[str], x_label: str, alt: str) -> Markup:
     """Thin bars side by side, one colour a series; ``ticks`` name the first, the middle and the last place."""
     top = nice_ticks(max([1.0, *(max(values, default=0) for _, values in series)]))

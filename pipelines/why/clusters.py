@@ -92,8 +92,9 @@ def images_in(index: int, tree: Artifact, finest: Sequence[np.ndarray]) -> np.nd
 
 
 def tell_sample(run: Run, step: Artifact, image: Image) -> Iterator[Told]:
-    """The quota of the image's cluster, and whether the image was drawn."""
-    pick = step.manifest["config"]["pick"]
+    """The quota of the cluster that the image is drawn from, and whether the image was drawn."""
+    config = step.manifest["config"]
+    pick = config["pick"]
     for seat, decision in decisions(run, step, image):
         cluster, quota, count = decision["cluster"], decision["quota"], decision["count"]
         n = sum(count_rows(run, step, "cluster", cluster).values())
@@ -102,12 +103,26 @@ def tell_sample(run: Run, step: Artifact, image: Image) -> Iterator[Told]:
         if pick == "closest":
             facts["rank"] = rank_in_cluster(run, step.input("hierarchy"), seat, cluster)
             how = f"the closest to its centroid, of which this is number {facts['rank']:,}"
-        gave = f"its cluster {cluster} gave {quota:,} of {counted(n, 'image')}"
+        gave = f"{drawn_from(config, cluster)} gave {quota:,} of {counted(n, 'image')}"
         if count:
             times = "" if count == 1 else f" {count} times"
-            yield Told("kept", f"{gave}; this one was drawn{times} (picked {how})", facts, [])
+            yield Told("kept", f"{gave}; this one was drawn{times} (picked {how}{capped(config)})", facts, [])
         else:
-            yield Told("dropped", f"{gave}; this one was not among them (picked {how})", facts, [])
+            yield Told("dropped", f"{gave}; this one was not among them (picked {how}{capped(config)})", facts, [])
+
+
+def drawn_from(config: Mapping[str, Any], cluster: int) -> str:
+    """What the quota is of. Settings that are left out have the stage's defaults."""
+    if config.get("mode") == "uniform":
+        return "the whole hierarchy"
+    level = config.get("level")
+    return f"its cluster {cluster}" + (f" of level {level}" if level else "")
+
+
+def capped(config: Mapping[str, Any]) -> str:
+    """The cap of a sample, if it has one."""
+    caps = ((name, config.get(f"max_per_{name}")) for name in ("source", "label"))
+    return "".join(f", at most {cap:,} of a {name}" for name, cap in caps if cap is not None)
 
 
 def rank_in_cluster(run: Run, tree: Artifact, seat: Seat, cluster: int) -> int:

@@ -3,12 +3,13 @@ import itertools
 import numpy as np
 import pytest
 
-from curation.hierarchy import Hierarchy, Level, group_rows
+from curation.draws import Block, draw_rows
+from curation.hierarchy import Hierarchy, Level, hierarchical_kmeans
 from curation.sampling import (
     SampleConfig,
     child_luck,
-    draw_leaf,
     equal_shares,
+    frequency_quotas,
     leaf_quotas,
     ragged_shares,
     sample_hierarchy,
@@ -93,6 +94,68 @@ def test_ragged_shares_are_the_shares_of_each_group():
             assert sorted(shares[a:b].tolist()) == greedy_shares((2 * sizes[a:b]).tolist(), int(targets[g]))
 
 
+def greedy_above(floors, caps, target):
+    """As ``greedy_shares``, where everybody has something already."""
+    shares = list(floors)
+    for _ in range(min(target, sum(caps)) - sum(floors)):
+        i = min((i for i in range(len(caps)) if shares[i] < caps[i]), key=lambda i: shares[i])
+        shares[i] += 1
+    return shares
+
+
+def test_shares_above_what_is_held_are_the_max_min_optimum():
+    rng = np.random.default_rng(2)
+    for _ in range(1000):
+        copies = int(rng.integers(1, 3))
+        sizes, held = rng.integers(0, 12, size=6), rng.integers(0, 12, size=6) * (rng.random(6) < 0.5)
+        target = int(rng.integers(held.sum(), held.sum() + copies * sizes.sum() + 3))
+        caps = (held + copies * sizes).tolist()
+        luck = rng.random(6)
+        shares = ragged_shares(sizes, np.array([0, 6]), np.array([target]), luck, copies, held)
+        assert shares.sum() == min(target, sum(caps)) and (shares >= held).all() and (shares <= caps).all()
+        assert sorted(shares.tolist()) == sorted(greedy_above(held.tolist(), caps, target))
+    none = ragged_shares(sizes, np.array([0, 6]), np.array([target]), luck, copies, np.zeros(6, int))
+    np.testing.assert_array_equal(none, ragged_shares(sizes, np.array([0, 6]), np.array([target]), luck, copies))
+
+
+def test_leaves_have_what_they_hold_and_nodes_share_the_rest():
+    rng = np.random.default_rng(5)
+    upper = [rng.integers(0, 6, 20), rng.integers(0, 2, 6)]
+    upper[0][:6], upper[1][:2] = np.arange(6), [0, 1]  # none is empty
+    for seed in range(50):
+        sizes, held = rng.integers(0, 9, 20), rng.integers(0, 9, 20) * (rng.random(20) < 0.3)
+        target = int(rng.integers(held.sum(), held.sum() + sizes.sum() + 2))
+        quotas = leaf_quotas(sizes, upper, target, seed, held=held)
+        nodes = [np.arange(20), upper[0], upper[1][upper[0]], np.zeros(20, int)]
+        for child, parent in itertools.pairwise(nodes):
+            for node in np.unique(parent):
+                inside = np.unique(child[parent == node])
+                sums = [[int(x[child == c].sum()) for c in inside] for x in (held, held + sizes, quotas)]
+                assert sorted(sums[2]) == sorted(greedy_above(sums[0], sums[1], sum(sums[2])))
+
+
+def simulated_frequencies(room, target, rng):
+    """One draw after the other, of all clusters with room."""
+    drawn = np.zeros(len(room), int)
+    for _ in range(target):
+        drawn[rng.choice(np.flatnonzero(drawn < room))] += 1
+    return drawn
+
+
+def test_inverse_frequencies_are_those_of_one_draw_after_the_other():
+    sizes, copies, target, n = np.array([1, 2, 0, 30, 3]), 2, 12, 3000
+    drawn = np.array([frequency_quotas(sizes, target, seed, copies) for seed in range(n)])
+    rng = np.random.default_rng(0)
+    expected = np.array([simulated_frequencies(sizes * copies, target, rng) for _ in range(n)])
+    assert (drawn.sum(axis=1) == target).all() and (drawn <= sizes * copies).all()
+    for ours, theirs in zip(drawn.T, expected.T, strict=True):
+        error = np.sqrt((ours.var() + theirs.var()) / n)
+        assert abs(ours.mean() - theirs.mean()) <= 5 * error
+        assert abs(ours.std() - theirs.std()) <= 5 * error
+    np.testing.assert_array_equal(frequency_quotas(sizes, 99999, 0, copies), copies * sizes)
+    assert frequency_quotas(sizes, 0, 0).sum() == 0
+
+
 def random_hierarchy(rng, n_rows=300, n_clusters=(40, 12, 4)):
     """Skewed labels with empty clusters on every level."""
     labels, below = [], n_rows
@@ -142,15 +205,11 @@ def test_the_pieces_of_the_stage_give_the_same_sample(pick):
     labels, distance = hierarchy.levels[0].labels, hierarchy.levels[0].sq_distance
     whole = sample_hierarchy(hierarchy, 420, np.random.default_rng(7), pick, 3)
     seed = int(np.random.default_rng(7).integers(2**32))
-    groups = group_rows(labels, 40)
-    quotas = leaf_quotas(np.diff(groups.offsets), [level.labels for level in hierarchy.levels[1:]], 420, seed, 3)
-    pieces = []
-    for leaf in reversed(range(40)):  # any order: draws are keyed
-        members = groups.rows[groups.offsets[leaf] : groups.offsets[leaf + 1]]
-        near = distance[members] if pick == "closest" else None
-        pieces.append(draw_leaf(members, int(quotas[leaf]), seed, leaf, near))
-        assert len(pieces[-1]) == quotas[leaf]
-    np.testing.assert_array_equal(np.sort(np.concatenate(pieces)), whole)
+    sizes = np.bincount(labels, minlength=40)
+    quotas = leaf_quotas(sizes, [level.labels for level in hierarchy.levels[1:]], 420, seed, 3)
+    blocks = [Block(labels[i : i + 70], distance[i : i + 70]) for i in range(0, len(labels), 70)]
+    counts = np.concatenate(list(draw_rows(lambda: blocks, sizes, quotas, seed, pick=pick, max_copies=3)))
+    np.testing.assert_array_equal(np.repeat(np.arange(len(labels)), counts), whole)
 
 
 def test_a_flat_hierarchy_is_one_round_of_shares():
@@ -173,9 +232,7 @@ def test_seeds_repeat_and_differ():
     assert not np.array_equal(first, other)
 
 
-def test_draws_are_keyed_by_seed_and_leaf():
-    first, seed, leaf = (draw_leaf(np.arange(50), 20, *key) for key in ((1, 3), (2, 3), (1, 4)))
-    assert not np.array_equal(first, seed) and not np.array_equal(first, leaf) and not np.array_equal(seed, leaf)
+def test_quotas_are_keyed_by_seed():
     labels = np.arange(60) % 7
     quotas = [leaf_quotas(np.full(60, 9), [labels], 100, seed) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(quotas[0], quotas[1])
@@ -228,13 +285,6 @@ def test_shares_are_integers_for_whole_floats(target, kind):
     assert shares.dtype == np.int64 and shares.tolist() == [10, 10, 5]
 
 
-def test_a_random_leaf_is_uniform():
-    times = np.zeros(7)
-    for seed in range(3000):
-        times[draw_leaf(np.arange(7), 3, seed, 4)] += 1
-    np.testing.assert_allclose(times, 3000 * 3 / 7, atol=4 * np.sqrt(3000 * 12 / 49))
-
-
 def test_large_targets_do_not_overflow():
     sizes = np.array([6 * 10**9, 4 * 10**9, 1])
     shares = equal_shares(sizes, 10**10, np.random.default_rng(0), 4)
@@ -255,13 +305,50 @@ def test_large_targets_do_not_overflow():
         (lambda h, rng: equal_shares(np.array([3, np.inf]), 2, rng), "sizes must be whole .* first inf"),
         (lambda h, rng: equal_shares(["3"], 2, rng), "sizes must be whole numbers: got <U1"),
         (lambda h, rng: sample_hierarchy(h, 2.5, rng), "target must be whole numbers"),
-        (lambda h, rng: draw_leaf(np.arange(0), 2, 0, 9), "quota 0: got 2 for leaf 9"),
+        (lambda h, rng: frequency_quotas(np.array([3, -1]), 2, 0), "sizes from -1"),
+        (lambda h, rng: frequency_quotas(np.array([3, 1]), -2, 0), "target -2"),
+        (lambda h, rng: frequency_quotas(np.array([3, 1]), 2, 0, 0), "max_copies 0"),
         (lambda h, rng: SampleConfig(target=0), "sample.target must be at least 1: got 0"),
         (lambda h, rng: SampleConfig(target=1, max_copies=0), "sample.max_copies must be at least 1: got 0"),
         (lambda h, rng: SampleConfig(target=1, seed=-1), "sample.seed must be at least 0: got -1"),
+        (lambda h, rng: SampleConfig(target=1, level=-1), "sample.level must be at least 0: got -1"),
+        (lambda h, rng: SampleConfig(target=1, max_per_source=0), "sample.max_per_source must be at least 1: got 0"),
+        (lambda h, rng: SampleConfig(target=1, max_per_label=0), "sample.max_per_label must be at least 1: got 0"),
+        (lambda h, rng: SampleConfig(target=1, mode="even"), "sample.mode must be one of tree, .*: got 'even'"),
         (lambda h, rng: SampleConfig(target=1, pick="far"), "sample.pick must be 'random' or 'closest': got 'far'"),
     ],
 )
 def test_what_cannot_be_sampled_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call(Hierarchy.from_labels([np.array([0, 1, 1])]), np.random.default_rng(0))
+
+
+def mixture(rng, n=40_000):
+    """Three groups of very unequal size and density, and a thin background over the square [-3, 3) ** 2."""
+    centers, widths = np.array([[-1.5, -1.5], [1.2, 1.2], [1.5, -1.2], [0, 0]]), np.array([0.25, 0.4, 0.3, 0])
+    which = rng.choice(4, n, p=[0.6, 0.25, 0.12, 0.03])
+    x = centers[which] + rng.normal(size=(n, 2)) * widths[which, None]
+    x[which == 3] = rng.uniform(-3, 3, (int((which == 3).sum()), 2))
+    return np.clip(x, -2.999, 2.999).astype("f4")
+
+
+def divergence(x):
+    """From uniform over the square, in nats, by a grid; half a row more in every cell."""
+    cells = np.histogram2d(*x.T, bins=8, range=[[-3, 3]] * 2)[0].ravel() + 0.5
+    p = cells / cells.sum()
+    return (p * np.log(p * len(p))).sum()
+
+
+def test_more_levels_and_resampling_make_a_sample_more_uniform():
+    """The experiment of Vo et al.: raw > one level > two > three > three with resampling; each has 300 top clusters."""
+    ways = [([300], 0), ([1200, 300], 0), ([2400, 850, 300], 0), ([2400, 850, 300], 5)]
+    found = []
+    for seed in range(3):
+        x = mixture(np.random.default_rng(seed))
+        told = [divergence(x[:1500])]
+        for n_clusters, n_resamples in ways:
+            tree = hierarchical_kmeans(x, n_clusters, np.random.default_rng(seed), n_resamples=n_resamples, n_iter=15)
+            told.append(divergence(x[sample_hierarchy(tree, 1500, np.random.default_rng(seed))]))
+        found.append(told)
+    raw, flat, two, three, resampled = np.mean(found, axis=0)
+    assert raw > 2 * flat and flat > 1.4 * two and two > 1.05 * three and three > resampled
