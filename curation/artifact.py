@@ -25,6 +25,7 @@ FORMAT = 1  # of the manifest and the part files
 MAX_LISTED_FILES = 10_000  # beyond this the list of files is a Parquet file beside the manifest
 MANIFEST = "manifest.json"
 UNION = "union"  # the stage whose artifact is a list of others
+FORMS = {"assign": "cluster"}  # stages whose artifact has the form of another's, and is used as one
 METADATA_KEY = b"openlvd"
 
 Counts = dict[str, int]
@@ -109,8 +110,8 @@ class Artifact:
 
     @property
     def kind(self) -> str:
-        """What it may be used as: the kind of step that made it, or of a union's members."""
-        return self.members[0].kind if self.members else self.stage
+        """What it may be used as: the kind of step that made it, or whose form it has, or of a union's members."""
+        return self.members[0].kind if self.members else FORMS.get(self.stage, self.stage)
 
     @property
     def digest(self) -> str:

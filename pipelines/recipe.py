@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from curation.artifact import FORMS
 from curation.store import Location
 from embedding.config import MODEL_FREE
 from pipelines.errors import UserError
@@ -172,7 +173,7 @@ def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[s
     if stage.check is not None:
         steps = {step.name: step for step in earlier}
         stage.check(name, config, {key: steps[source] for key, source in inputs.items()})
-    return Step(name, kind, config, inputs, acting or kind)
+    return Step(name, kind, config, inputs, acting or FORMS.get(kind, kind))
 
 
 def settle_lists(values: dict[str, Any], stage: Stage) -> None:

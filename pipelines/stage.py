@@ -32,7 +32,7 @@ class Step:
     stage: str
     config: Any
     inputs: Mapping[str, str]  # input name -> step name; of a list "name.step" -> step
-    kind: str = ""  # what its output can be used as: the stage, or that of a union's members
+    kind: str = ""  # what its output can be used as: the stage, or whose form it has, or that of a union's members
 
 
 @dataclass(frozen=True, kw_only=True)

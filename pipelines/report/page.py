@@ -11,6 +11,7 @@ from pipelines.report import drawings
 from pipelines.report.classes import classes
 from pipelines.report.clusters import clusters
 from pipelines.report.drawings import Node
+from pipelines.report.drift import drifts
 from pipelines.report.models import backbones, scores, trainings
 from pipelines.report.pairs import duplicates, leaks
 from pipelines.report.rejected import rejected
@@ -23,7 +24,7 @@ KINDS = {
     "pool": "source", "union": "source", "select": "choice", "dedup": "choice", "decontaminate": "choice",
     "retrieve": "choice", "sample": "choice", "mix": "choice", "embed": "vectors", "neighbors": "vectors",
     "cluster": "vectors", "score": "vectors", "shards": "source", "train": "model", "evaluate": "model",
-    "report": "model", "calibrate": "model",
+    "report": "model", "calibrate": "model", "assign": "vectors",
 }  # fmt: skip
 CHOICES = (("mix",), ("sample",), ("retrieve",), ("decontaminate", "dedup", "select"))  # the last word comes first
 NOT_FINISHED = "not finished"
@@ -59,6 +60,7 @@ def build_page(run: Run) -> str:
         leaks=leaks(run),
         retrievals=retrievals(run),
         clusters=clusters(run),
+        drifts=drifts(run),
         mixes=mixes(run),
         classes=classes(run),
         trainings=trainings(run),

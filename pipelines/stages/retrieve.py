@@ -14,6 +14,7 @@ import pyarrow as pa
 from curation.artifact import Artifact, Counts, FileInfo, add_counts, part_name, pool_of
 from curation.embeddings import covered_rows
 from curation.execute import Executor
+from curation.hierarchy import ClusterConfig
 from curation.retrieve import DRAFTED, Planned, RetrieveConfig, judge
 from curation.selection import carried_count, write_selection
 from curation.shuffle import read_shuffle
@@ -47,7 +48,7 @@ def check(name: str, config: RetrieveConfig, inputs: Mapping[str, Step]) -> None
             f"{name} must name its {needed} in mode {config.mode!r}: got none",
             f"add {needed}: and a step of stage {kind} over the pool to retrieve from",
         )
-    if needed == "hierarchy" and inputs[needed].config is not None:
+    if needed == "hierarchy" and isinstance(inputs[needed].config, ClusterConfig):
         check_level(f"{name}.level", config, len(inputs[needed].config.n_clusters))
 
 

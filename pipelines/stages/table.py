@@ -2,6 +2,7 @@
 
 from pipelines.stage import Stage
 from pipelines.stages import (
+    assign,
     calibrate,
     cluster,
     decontaminate,
@@ -33,6 +34,7 @@ STAGES: dict[str, Stage] = {
     "decontaminate": decontaminate.STAGE,
     "retrieve": retrieve.STAGE,
     "cluster": cluster.STAGE,
+    "assign": assign.STAGE,
     "sample": sample.STAGE,
     "mix": mix.STAGE,
     "shards": shards.STAGE,

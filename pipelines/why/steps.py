@@ -192,6 +192,7 @@ TELL: dict[str, Tell] = {
     "dedup": tell_dedup,
     "decontaminate": tell_decontaminate,
     "cluster": tell_cluster,
+    "assign": tell_cluster,
     "sample": tell_sample,
     "retrieve": tell_retrieve,
     "mix": tell_mix,

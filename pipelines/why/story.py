@@ -17,7 +17,8 @@ from pipelines.why.find import Found, Image, find_images
 from pipelines.why.run import Run, seats
 from pipelines.why.steps import NOTHING_TO_SAY, TELL
 
-# Inputs along which rows go from step to step; others (a reference, a backbone) are only looked at.
+# Inputs along which rows go from step to step; others (a reference, a backbone, a hierarchy that stands beside
+# embeddings) are only looked at.
 FLOW = ("pool", "selection", "embeddings", "neighbors", "hierarchy", "members", "components")
 CHOOSING = (*SELECTIONS, "shards")  # stages that say which images go on
 LOST = ("dropped", "rejected", "refused")  # outcomes after which an image does not go on
@@ -157,7 +158,7 @@ def ancestors(step: Artifact) -> Iterator[str]:
     """The artifact and all that its rows went through, by location."""
     yield step.location.uri
     for name in step.manifest["inputs"]:
-        if name.partition(".")[0] in FLOW:
+        if name.partition(".")[0] in FLOW and not (name == "hierarchy" and step.has_input("embeddings")):
             yield from ancestors(step.input(name))
 
 

@@ -175,6 +175,10 @@ OTHER = {
     "cluster.resample_size": (2, 2),
     "cluster.empty": "split",
     "sample.pick": "closest",
+    "sample.mode": "uniform",
+    "sample.level": 1,
+    "sample.max_per_source": 30,
+    "sample.max_per_label": 4,
     "retrieve.mode": {"sample": "cluster", "cluster": "sample"},
     "retrieve.seeds": ("web_copy",),
     "retrieve.n_neighbors": 5,
@@ -259,6 +263,7 @@ def recording(config: Any, seen: set[str]) -> Any:
 
 # Settings under which the fields that are for one case alone come to be read.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "sample": [{}, {"mode": "level", "level": 1}, {"max_per_source": 50}, {"max_per_label": 50}],
     "train": [{}, {"centering": "softmax", "schedule": "cosine"}, {"teacher_temperature_start": 0.03}],
 }
 

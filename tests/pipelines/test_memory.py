@@ -64,6 +64,7 @@ def recipe(folder: Path) -> dict[str, Any]:
                                "mode": "component", "min_similarity": 0.07, "max_drop_fraction": 1.0},
             "tree": {"stage": "cluster", "embeddings": "web_vec", "n_clusters": [16, 4], "n_resamples": 1,
                      "resample_size": [4, 2], "n_iter": 3},
+            "new_tree": {"stage": "assign", "embeddings": "web_vec", "hierarchy": "tree"},
             "near_seeds": {"stage": "retrieve", "mode": "sample", "embeddings": "web_vec", "selection": "usable",
                            "seeds": ["exam_vec"], "n_neighbors": 40, "max_rows": 300, "target": 200},
             "near_clusters": {"stage": "retrieve", "mode": "cluster", "hierarchy": "tree", "seeds": ["exam_vec"],

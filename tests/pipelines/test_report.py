@@ -11,14 +11,15 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from curation.artifact import pool_of, read_table
+from curation.artifact import describe, finish, pool_of, read_table, write_table
 from curation.embeddings import embedding_parts
 from curation.store import Location
 from pipelines.engine import read_root, run_recipe
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
-from pipelines.report import drawings
+from pipelines.report import browser, drawings
 from pipelines.report.classes import balance
+from pipelines.report.clusters import how_drawn
 from pipelines.report.groups import group_charts, retracted_text, rule_text, search_text, shape_text
 from pipelines.report.page import build_page
 from pipelines.report.run import ReportConfig, Run
@@ -273,23 +274,146 @@ def test_refused_files_are_counted_by_reason(tiny, html):
     assert "broken.jpg" in html and "page.png" in html
 
 
-def test_clusters_show_their_sizes_and_images_of_theirs(tiny, tmp_path):
-    html = small_page(tiny.images / "web", tmp_path, clusters=[20, 5], target=60)
-    tree, balanced = (read_root(Location(str(tmp_path / "root")))[name] for name in ("tree", "balanced"))
-    labels = np.concatenate([read_table(tree.part(i), ["label"])["label"].to_numpy() for i in range(len(tree.parts))])
-    kept = np.concatenate([read_table(balanced.part(i), ["kept"])["kept"].to_numpy() for i in range(len(tree.parts))])
-    upper = read_table(tree.location / "labels-1-0000000.parquet", ["label"])["label"].to_numpy()
-    sizes, sampled = (np.bincount(upper[some], minlength=5).tolist() for some in (labels, labels[kept]))
-    shown = re.findall(r"<b>cluster (\d+)</b><span class=\"quiet\">(\d+) images?, (\d+) sampled", html)
-    assert {int(c): (int(a), int(b)) for c, a, b in shown} == {c: (sizes[c], sampled[c]) for c in range(5)}
-    assert min(sizes) > 0 and sum(sampled) == 60 < sum(sizes)
-    section = html[html.index('id="clusters"') : html.index('id="backbones"')]
-    assert section.count("<img") == sum(min(size, ReportConfig().n_images) for size in sizes)
-    sources = [row["source"] for i in range(len(tree.parts)) for row in read_table(pool_of(tree).part(i)).to_pylist()]
-    cluster_of = dict(zip(sources, upper[labels].tolist(), strict=True))
-    chosen = dict(zip(sources, kept.tolist(), strict=True))
-    for cluster, kind, name in re.findall(r'alt="cluster (\d+), (\w+) ([^"]*)"', section):
-        assert cluster_of[name] == int(cluster) and chosen[name] == (kind == "sampled")
+class Clustered:
+    """What a hierarchy of two levels and a sample of it say, row by row."""
+
+    def __init__(self, root):
+        tree, balanced = (read_root(root)[name] for name in ("tree", "balanced"))
+        parts = range(len(tree.parts))
+        labels = np.concatenate([read_table(tree.part(i), ["label"])["label"].to_numpy() for i in parts])
+        upper = read_table(tree.location / "labels-1-0000000.parquet", ["label"])["label"].to_numpy()
+        self.kept = np.concatenate([read_table(balanced.part(i), ["kept"])["kept"].to_numpy() for i in parts])
+        self.clusters = [labels, upper[labels]]
+        self.upper, self.facts = upper, balanced.facts
+        self.names = [row["source"] for i in parts for row in read_table(pool_of(tree).part(i)).to_pylist()]
+
+    def sizes(self, level, which=slice(None)):
+        return np.bincount(self.clusters[level][which], minlength=(20, 5)[level]).tolist()
+
+
+@pytest.fixture(scope="module")
+def clustered(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clustered")
+    html = small_page(tiny.images / "web", folder, clusters=[20, 5], target=60)
+    begin, end = (html.index(f'<h2 id="{section}"') for section in ("clusters", "backbones"))
+    return Clustered(Location(str(folder / "root"))), html[begin:end]
+
+
+def test_clusters_show_their_sizes_and_images_of_theirs(clustered):
+    known, section = clustered
+    top = section[section.index('<div class="sheets">') :]
+    shown = re.findall(
+        r"<section class=\"(\w+)\"><header><b>cluster (\d+)</b><span class=\"quiet\">(\d+) images?, (\d+) sampled", top
+    )
+    sizes, sampled = ([known.sizes(level, which) for level in (0, 1)] for which in (slice(None), known.kept))
+    assert {int(c): (int(a), int(b)) for kind, c, a, b in shown if kind == "sheet"} == {
+        c: (sizes[1][c], sampled[1][c]) for c in range(5)
+    }
+    assert min(sizes[1]) > 0 and sum(sampled[1]) == 60 < sum(sizes[1])
+    inner = [(int(c), int(a), int(b)) for kind, c, a, b in shown if kind == "inner"]
+    assert inner == [(c, sizes[0][c], sampled[0][c]) for c, *_ in inner]
+    most, few = ReportConfig().n_images, browser.N_IMAGES_BELOW
+    n_pictures = sum(min(size, most) for size in sizes[1]) + sum(min(size, few) for _, size, _ in inner)
+    assert section.count("<img") == n_pictures
+    chosen = dict(zip(known.names, known.kept.tolist(), strict=True))
+    cluster_of = [dict(zip(known.names, clusters.tolist(), strict=True)) for clusters in known.clusters]
+    pictures = re.findall(r'alt="cluster (\d+) of level (\d), (\w+) ([^"]*)"', section)
+    assert len(pictures) == n_pictures
+    for cluster, level, kind, name in pictures:
+        assert cluster_of[int(level)][name] == int(cluster) and chosen[name] == (kind == "sampled")
+
+
+def test_every_cluster_opens_to_some_of_those_in_it(clustered):
+    """The largest, a middle one and the smallest that have images."""
+    known, section = clustered
+    sizes = known.sizes(0)
+    sheets = section.split('<section class="sheet">')[1:]
+    assert len(sheets) == 5
+    for sheet in sheets:
+        numbers = [int(c) for c in re.findall(r"<header><b>cluster (\d+)</b>", sheet)]
+        inside = [int(c) for c in np.flatnonzero(known.upper == numbers[0]) if sizes[c]]
+        order = sorted(inside, key=lambda c: (-sizes[c], c))
+        assert numbers[1:] == (order if len(order) <= 3 else [order[0], order[(len(order) - 1) // 2], order[-1]])
+        some = f"{len(inside)} cluster" if len(inside) <= 3 else f"3 of {len(inside)} clusters"
+        assert f"<summary>{some}" in sheet
+
+
+def test_a_sample_says_how_even_it_made_every_level(clustered):
+    known, section = clustered
+    rows = [[cell.strip() for cell in row] for row in Page(section).cells if row[0].isdigit()]
+    assert len(rows) == 2
+    for level, (told, row) in enumerate(zip(known.facts["levels"], rows, strict=True)):
+        before, after = told["before"], told["after"]
+        assert row == [
+            str(level), str(told["clusters"]), f"{before['effective']:.1f}", f"{after['effective']:.1f}",
+            f"{before['gini']:.3f}", f"{after['gini']:.3f}", f"{before['kl_to_uniform']:.3f}",
+            f"{after['kl_to_uniform']:.3f}",
+        ]  # fmt: skip
+        assert f"Sizes of the {told['clusters']} clusters of level {level} by rank, before and after" in section
+        assert (
+            f"before {', '.join(words(told['before']['sizes']))}; after {', '.join(words(told['after']['sizes']))}"
+            in (section)
+        )
+    assert "balanced: 60 images drawn</h4>" in section and "Shared from the top down, every cluster" in section
+
+
+def words(bins):
+    return [f"{high if low == high else f'{low:,}-{high:,}'} images: {n:,}" for low, high, n in bins]
+
+
+def test_a_sample_that_found_too_few_says_so(tiny, tmp_path):
+    html = small_page(tiny.images / "web", tmp_path, target=5000)
+    n = read_root(Location(str(tmp_path / "root")))["web"].counts["kept"]
+    assert f"balanced: {n} images drawn, all there are: 5,000 were asked for</h4>" in html
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({}, "Shared from the top down, every cluster as much as the others in it allow."),  # of an older sample
+        ({"mode": "uniform", "max_per_label": 1200}, "Drawn from all images alike, at most 1,200 images of a label."),
+        ({"mode": "level", "level": 2}, "Shared by the clusters of level 2 alone."),
+        ({"mode": "level", "pick": "closest"}, "the clusters of level 0 alone, the closest to its centroid first."),
+        ({"mode": "inverse_frequency", "max_copies": 4}, "of level 0, an image at most 4 times."),
+        ({"mode": "tree", "max_per_source": 3}, ", at most 3 images of a source."),
+    ],
+)
+def test_the_way_of_a_sample_is_told_in_a_sentence(config, text):
+    assert how_drawn({"pick": "random", "max_copies": 1, **config}).endswith(text)
+
+
+def test_a_browser_is_bounded_and_goes_down_to_the_finest_level(tmp_path):
+    """Five levels of which the top one has more clusters than have place: some of them open, each down to level 0."""
+    n_clusters, rng = [4000, 800, 160, 80, 40], np.random.default_rng(0)
+    upper = [rng.permutation(a) * b // a for a, b in pairwise(n_clusters)]
+    for t, labels in enumerate(upper, 1):
+        write_table(Location(str(tmp_path)) / f"labels-{t}-0000000.parquet", pa.table({"label": labels}))
+    files = [describe(Location(str(tmp_path)) / f"labels-{t}-0000000.parquet") for t in range(1, 5)]
+    tree = finish(Location(str(tmp_path)), files, {"stage": "cluster"})
+    sizes = rng.integers(0, 30, (2, 4000))
+    planned = browser.plan(sizes, tree, 5, 24)
+    tops = [i for i, some in enumerate(planned.shown) if some.above < 0]
+    assert len(tops) == 24 and 24 + 100 < len(planned.shown) <= 24 + browser.MAX_BELOW
+    nodes = [np.arange(4000)]
+    for labels in upper:
+        nodes.append(labels[nodes[-1]])
+    for i, some in enumerate(planned.shown):
+        inside = nodes[some.level] == some.cluster
+        assert some.sizes == tuple(sizes[:, inside].sum(axis=1))
+        if some.above >= 0:
+            above = planned.shown[some.above]
+            assert some.above < i and above.level == some.level + 1
+            assert upper[some.level][some.cluster] == above.cluster
+    opened = {some.above for some in planned.shown} & set(tops)
+    assert len(opened) == browser.MAX_BELOW // 12
+    for top in opened:
+        at, depth = top, 0
+        while (below := [i for i, some in enumerate(planned.shown) if some.above == at]) != []:
+            at, depth = below[0], depth + 1
+        assert depth == 4
+    assert (np.diff(planned.top[0]) <= 0).all() and planned.top.sum(axis=1).tolist() == sizes.sum(axis=1).tolist()
+    flat = browser.plan(sizes[:1], tree, 1, 3)
+    assert [some.above for some in flat.shown] == [-1] * 3
 
 
 def test_classes_come_from_the_file_of_labels(tiny, page):
@@ -384,7 +508,7 @@ def test_pictures_are_bounded_and_can_be_left_out(tiny, html):
     assert len(html) < MAX_BYTES
     few = Page(page_of(artifacts(tiny), n_pairs=1, n_images=2, n_clusters=3, n_rejected=1))
     n_pair_sections = 1 + 4 + 2 + 2 + 1  # dedup, references, what components join, retrieve, calibrate
-    assert len(few.images()) <= 2 * 3 * n_pair_sections + 3 * 2 + 3
+    assert len(few.images()) <= 2 * 3 * n_pair_sections + 3 * 2 + 3 * browser.N_CHILDREN * 2 + 3
     none = Page(page_of(artifacts(tiny), n_pairs=0, n_images=0, n_clusters=0, n_rejected=0, n_classes=0))
     assert not none.images()
     with pytest.raises(ValueError, match=r"report\.n_pairs must be in 0\.\.48: got 49"):

@@ -133,6 +133,7 @@ def recipe(folder: Path, part_rows: int = 16) -> dict[str, Any]:
                 "seeds": ["exam_copy", "both_copy"], "n_neighbors": 3, "max_rows": 70, "target": 60,
             },
             "exam_vec": {"stage": "embed", "pool": "exam", "backbone": "first"},
+            "new_tree": {"stage": "assign", "embeddings": "exam_vec", "hierarchy": "tree"},
             "near_clusters": {
                 "stage": "retrieve", "mode": "cluster", "hierarchy": "tree", "seeds": ["exam_vec"], "min_hits": 0,
                 "per_cluster": 3, "max_rows": 30, "level": 1, "target": 12,
@@ -173,7 +174,7 @@ STEP_OF_STAGE = {
     "pool": "web", "union": "both_copy", "select": "usable", "embed": "web_vec", "neighbors": "near", "dedup": "unique",
     "decontaminate": "clean", "retrieve": "near_seeds", "cluster": "tree", "sample": "balanced", "mix": "mixed",
     "shards": "shards", "train": "first", "evaluate": "score", "report": "page",
-    "score": "scored", "calibrate": "fit",
+    "score": "scored", "calibrate": "fit", "assign": "new_tree",
 }  # fmt: skip
 
 # Steps that show the contract on what a stage does in another mode.
