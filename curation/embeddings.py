@@ -80,6 +80,12 @@ def row_norms(x: np.ndarray) -> np.ndarray:
     return norms
 
 
+def stored_norms(x: np.ndarray) -> np.ndarray:
+    """float32 (n,): the norms of a part's rows as they are stored, (n, d), those that ``EmbeddingsPart`` divides by."""
+    blocks = (x[start : start + BLOCK_ROWS] for start in range(0, len(x) or 1, BLOCK_ROWS))
+    return np.concatenate([row_norms(block.astype(np.float32)) for block in blocks])
+
+
 @dataclass(frozen=True)
 class EmbeddingsPart:
     """A part as the kernels see it: float32 blocks, at most one part in memory at a time.

@@ -420,18 +420,6 @@ def assign_part(part: Rows, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return assign_member(Member(part), Step(centroids), groups)
 
 
-def fit_centroids(
-    parts: Sequence[Rows],
-    n_clusters: int,
-    seed_key: tuple[int, ...],
-    executor: Executor,
-    how: Lloyd = LLOYD,
-    trail: Trail = NO_TRAIL,
-) -> np.ndarray:
-    """Centroids float32 (k, d) of ``fit``."""
-    return fit(parts, n_clusters, seed_key, executor, how, trail).centroids
-
-
 def seed_centroids(parts: Sequence[Rows], n_clusters: int, seed_key: tuple[int, ...], executor: Executor) -> np.ndarray:
     """First centroids float32 (k, d): see ``seed_rows``, on a uniform sample of max(32 * k, 65536) rows, or all rows.
 

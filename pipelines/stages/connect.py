@@ -95,7 +95,7 @@ def starts_of(ranges: Sequence[RowRange]) -> np.ndarray:
 
 
 def range_at(starts: np.ndarray, row_ids: np.ndarray) -> np.ndarray:
-    """int64 (n,): the ranges of rows."""
+    """int64 (n,): the ranges, or parts, that rows are in, by where these start, ascending."""
     at: np.ndarray = np.searchsorted(starts, row_ids, side="right") - 1
     return at
 

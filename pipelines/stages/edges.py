@@ -24,7 +24,7 @@ from curation.neighbors import NeighborsConfig
 from curation.shuffle import read_shuffle, write_shuffle
 from curation.store import Location
 from pipelines.stage import make_aside
-from pipelines.stages.connect import raw_name
+from pipelines.stages.connect import range_at, raw_name
 from pipelines.stages.embed import executor_gpus
 
 EDGE = np.dtype([("row", "<i4"), ("near_row", "<i8"), ("similarity", "<f4"), ("equal", "?")])
@@ -120,12 +120,6 @@ def starts_of(parts: Sequence[Part]) -> np.ndarray:
     return np.array([part.start for part in parts], np.int64)
 
 
-def part_at(starts: np.ndarray, row_ids: np.ndarray) -> np.ndarray:
-    """int64 (n,): the parts of rows."""
-    at: np.ndarray = np.searchsorted(starts, row_ids, side="right") - 1
-    return at
-
-
 def find_equal_rows(parts: Sequence[Part], folder: Location, executor: Executor) -> EqualRows:
     """Leave the equal rows of every part in scratch files."""
     equal = EqualRows(folder, max(1, -(-sum(part.vectors.n_rows for part in parts) // ROWS_PER_PARTITION)))
@@ -152,7 +146,7 @@ def compare_partition(partition: int, equal: EqualRows, starts: np.ndarray) -> N
     names = [raw_name(number) for number in range(len(starts))]
     records = np.concatenate([read_shuffle(equal.folder / "digests" / name, DIGEST, partition) for name in names])
     found = find_equal(records)
-    write_shuffle(equal.folder / "equal" / raw_name(partition), found, part_at(starts, found["row_id"]), len(starts))
+    write_shuffle(equal.folder / "equal" / raw_name(partition), found, range_at(starts, found["row_id"]), len(starts))
 
 
 def gather_equal(part: Part, equal: EqualRows) -> None:

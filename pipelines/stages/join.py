@@ -38,7 +38,7 @@ from curation.cells import (
     train_centroids,
 )
 from curation.checks import check_unit_rows
-from curation.embeddings import BLOCK_ROWS, read_embeddings, row_norms, stored_form
+from curation.embeddings import BLOCK_ROWS, read_embeddings, stored_form, stored_norms
 from curation.execute import Executor, Ref, on_worker
 from curation.kmeans import sample_counts
 from curation.neighbors import NeighborsConfig
@@ -47,7 +47,7 @@ from curation.signatures import WORDS, limits_at, signatures
 from curation.store import Location
 from pipelines.errors import UserError
 from pipelines.stage import Output, make_aside
-from pipelines.stages.connect import raw_name
+from pipelines.stages.connect import range_at, raw_name
 from pipelines.stages.edges import (
     Device,
     Distinct,
@@ -58,7 +58,6 @@ from pipelines.stages.edges import (
     edge_records,
     equal_edges,
     most_neighbors,
-    part_at,
     part_names,
     starts_of,
     strongest,
@@ -315,7 +314,7 @@ def candidate_records(query_ids: np.ndarray, near_rows: np.ndarray, distances: n
 def send_candidates(location: Location, some: Sequence[np.ndarray], starts: np.ndarray) -> None:
     """Shuffle candidates to the parts of their rows."""
     found = np.concatenate([np.zeros(0, CANDIDATE), *some])
-    write_shuffle(location, found, part_at(starts, found["row_id"]), len(starts))
+    write_shuffle(location, found, range_at(starts, found["row_id"]), len(starts))
 
 
 def verify(job: Job, parts: Sequence[Part], out: Output, executor: Executor) -> None:
@@ -351,7 +350,7 @@ def list_candidates(part: Part, job: Job, files: Sequence[Location], starts: np.
     listing = listing[np.lexsort((listing["row"], listing["near_row"]))]
     (job.folder / "lists" / raw_name(part.number)).write(listing.tobytes())
     wanted = np.unique(listing["near_row"]).astype("<i8", copy=False)
-    write_shuffle(job.folder / "wanted" / raw_name(part.number), wanted, part_at(starts, wanted), len(starts))
+    write_shuffle(job.folder / "wanted" / raw_name(part.number), wanted, range_at(starts, wanted), len(starts))
 
 
 def nearest_candidates(found: np.ndarray, most: int) -> np.ndarray:
@@ -368,9 +367,7 @@ def nearest_candidates(found: np.ndarray, most: int) -> np.ndarray:
 def send_vectors(part: Part, job: Job, names: Sequence[str]) -> None:
     """The vectors of a part that others want, as they are stored, and their norms."""
     rows, x = read_embeddings(part.vectors.location)
-    norms = np.concatenate(
-        [row_norms(x[s : s + BLOCK_ROWS].astype(np.float32)) for s in range(0, len(x) or 1, BLOCK_ROWS)]
-    )
+    norms = stored_norms(x)
 
     def wanted_by(name: str) -> np.ndarray:
         row_ids = read_shuffle(job.folder / "wanted" / name, ROW_ID, part.number)
@@ -389,7 +386,7 @@ def write_part(part: Part, job: Job, names: Sequence[str], out: Location, starts
     rows, x = part.vectors.read()
     listing = np.frombuffer((job.folder / "lists" / raw_name(part.number)).read(), LISTING)
     similarity = np.empty(len(listing), np.float32)
-    ends = np.searchsorted(part_at(starts, listing["near_row"]), np.arange(len(names)), side="right")
+    ends = np.searchsorted(range_at(starts, listing["near_row"]), np.arange(len(names)), side="right")
     for name, begin, end in zip(names, [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
         if begin == end:
             continue

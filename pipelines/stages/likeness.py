@@ -21,12 +21,12 @@ import numpy as np
 
 from curation.components import distinct
 from curation.dedup import first_near, split_groups
-from curation.embeddings import BLOCK_ROWS, EmbeddingsPart, embedding_parts, read_embeddings, row_norms, stored_form
+from curation.embeddings import EmbeddingsPart, embedding_parts, read_embeddings, stored_form, stored_norms
 from curation.execute import Executor
 from curation.shuffle import read_shuffle, write_groups, write_shuffle
 from curation.store import Location
 from pipelines.stage import make_aside
-from pipelines.stages.connect import Span, raw_name
+from pipelines.stages.connect import Span, range_at, raw_name
 from pipelines.stages.elect import representatives_of
 from pipelines.stages.rank import DECIDED, Job, Scores, decided_rows, score_rows
 
@@ -108,7 +108,7 @@ def count_dropped(span: Span, job: Job, ranges: np.ndarray) -> int:
     return int(np.count_nonzero(stays != np.arange(start, start + n_rows)))
 
 
-def mixed(ids: np.ndarray) -> np.ndarray:
+def hashed(ids: np.ndarray) -> np.ndarray:
     """uint64 (n,): a fixed hash of ids int64 (n,), the last step of SplitMix64."""
     z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -123,21 +123,15 @@ def dropped_and_seen(part: Part, look: Look, ranges: np.ndarray) -> tuple[np.nda
     stays = representatives_of(part.span, look.job.aside("components"), ranges)
     dropped = np.flatnonzero(stays != np.arange(start, start + n_rows))
     if look.share < 1:
-        dropped = dropped[mixed(stays[dropped]) < np.uint64(look.share * 2.0**64)]
+        dropped = dropped[hashed(stays[dropped]) < np.uint64(look.share * 2.0**64)]
     return stays, dropped
-
-
-def part_at(starts: np.ndarray, row_ids: np.ndarray) -> np.ndarray:
-    """int64 (n,): the parts of rows."""
-    at: np.ndarray = np.searchsorted(starts, row_ids, side="right") - 1
-    return at
 
 
 def ask_part(part: Part, look: Look, ranges: np.ndarray, starts: np.ndarray) -> None:
     """Ask for the vectors of the representatives of a part's rows."""
     stays, seen = dropped_and_seen(part, look, ranges)
     wanted = distinct(stays[seen])
-    write_shuffle(look.folder / "wanted" / raw_name(part.number), wanted, part_at(starts, wanted), len(starts))
+    write_shuffle(look.folder / "wanted" / raw_name(part.number), wanted, range_at(starts, wanted), len(starts))
 
 
 def send_part(part: Part, look: Look, n_parts: int) -> None:
@@ -152,8 +146,7 @@ def send_part(part: Part, look: Look, n_parts: int) -> None:
 def reader_of(part: Part, record: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
     """What gives records with ``row``, ``norm`` and ``x`` of some row ids of a part, which is read once."""
     rows, x = read_embeddings(part.vectors.location)
-    blocks = [row_norms(x[s : s + BLOCK_ROWS].astype(np.float32)) for s in range(0, len(x) or 1, BLOCK_ROWS)]
-    norms = np.concatenate(blocks)
+    norms = stored_norms(x)
 
     def vectors_of(row_ids: np.ndarray) -> np.ndarray:
         at = np.searchsorted(rows, row_ids - part.span[1])
@@ -179,7 +172,7 @@ def look_at_part(part: Part, look: Look, ranges: np.ndarray, starts: np.ndarray)
     decided["representative"], decided["similarity"] = stays, np.nan
     if len(seen):
         rows, x = part.vectors.read()
-        sender = part_at(starts, stays[seen])
+        sender = range_at(starts, stays[seen])
         for number in np.unique(sender).tolist():
             vectors = read_shuffle(look.folder / "vectors" / raw_name(number), look.vector, part.number)
             some = seen[sender == number]
@@ -207,7 +200,7 @@ def send_far(part: Part, look: Look, scores: Scores, n_tasks: int) -> None:
     if len(row_ids):
         records = reader_of(part, look.far)(row_ids)
         records["component"], records["score"] = decided["representative"], score_rows(part.span, scores, row_ids)
-    task = (mixed(decided["representative"]) % np.uint64(n_tasks)).astype(np.int64)
+    task = (hashed(decided["representative"]) % np.uint64(n_tasks)).astype(np.int64)
     write_shuffle(look.folder / "far" / raw_name(part.number), records, task, n_tasks)
 
 
@@ -220,7 +213,7 @@ def split_components(task: int, look: Look, starts: np.ndarray) -> None:
             yield read_shuffle(location, look.far, task)
 
     found = split_all(arrived, look.max_chain)
-    write_shuffle(look.folder / "splits" / raw_name(task), found, part_at(starts, found["row"]), len(starts))
+    write_shuffle(look.folder / "splits" / raw_name(task), found, range_at(starts, found["row"]), len(starts))
 
 
 def split_all(arrived: Callable[[], Iterator[np.ndarray]], low: float) -> np.ndarray:

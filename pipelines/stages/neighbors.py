@@ -21,7 +21,7 @@ from curation.shuffle import read_shuffle, write_shuffle
 from curation.store import Location
 from pipelines.errors import UserError
 from pipelines.stage import Inputs, Output, Stage, Step, Timed, make_aside
-from pipelines.stages.connect import raw_name
+from pipelines.stages.connect import range_at, raw_name
 from pipelines.stages.edges import (
     Distinct,
     EqualRows,
@@ -33,7 +33,6 @@ from pipelines.stages.edges import (
     equal_edges,
     find_equal_rows,
     most_neighbors,
-    part_at,
     part_names,
     parts_of,
     starts_of,
@@ -246,7 +245,7 @@ def search_group(group: int, config: NeighborsConfig, cells: Cells, starts: np.n
     for begin, end in pairwise(bounds.tolist()):
         edges.append(edges_of_cluster(records[begin:end], config, device))
     sent = np.concatenate(edges)
-    write_shuffle(cells.scratch / "edges" / raw_name(group), sent, part_at(starts, sent["row_id"]), len(starts))
+    write_shuffle(cells.scratch / "edges" / raw_name(group), sent, range_at(starts, sent["row_id"]), len(starts))
 
 
 def edges_of_cluster(records: np.ndarray, config: NeighborsConfig, device: str) -> np.ndarray:

@@ -21,7 +21,8 @@ from curation.neighbors import Neighbors, NeighborsConfig, merge_block, merge_ca
 from curation.signatures import Limits, signatures, within_limits
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.stages.edges import Distinct, EqualRows, Part, device_of, most_neighbors, part_at, starts_of
+from pipelines.stages.connect import range_at
+from pipelines.stages.edges import Distinct, EqualRows, Part, device_of, most_neighbors, starts_of
 
 MIN_EDGES = 100  # of the sampled rows: with fewer nothing is known of how similar near rows are
 N_PLANTED = 4096  # planted edges
@@ -126,7 +127,7 @@ def reach_of_part(
 ) -> Reach:
     """The true edges of queries to rows of one part."""
     near = (truth.similarity >= np.float32(config.min_similarity)) & (truth.row_ids >= 0)
-    near[near] = part_at(starts, truth.row_ids[near]) == part.number
+    near[near] = range_at(starts, truth.row_ids[near]) == part.number
     query = np.nonzero(near)[0]
     near_row = truth.row_ids[near]
     if not len(query):
@@ -251,7 +252,7 @@ def too_few(recall: float, n_edges: int, config: NeighborsConfig, nprobe: int) -
 def count_found(part: Part, reach: Reach, starts: np.ndarray, out: Location) -> np.ndarray:
     """int64 (2,): of the true edges of the sampled rows of one part, how many are there; and if any edge of a row
     whose list is full may stand for one that is not among its strongest."""
-    mine = part_at(starts, reach.query) == part.number
+    mine = range_at(starts, reach.query) == part.number
     if not mine.any():
         return np.zeros(2, np.int64)
     table = read_table(out / part_name(part.number))

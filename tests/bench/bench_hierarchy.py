@@ -24,7 +24,7 @@ from common import arguments, peak_mb, report
 from threadpoolctl import threadpool_limits
 
 from curation.hierarchy import HeldLevel, fit_level
-from curation.kmeans import TOLERANCE, ArrayRows, Lloyd, fit_centroids
+from curation.kmeans import TOLERANCE, ArrayRows, Lloyd, fit
 from curation.nearest import nearest_centroid
 
 N_ROWS = 50_000
@@ -86,7 +86,7 @@ def main() -> int:
         {"ours": partial(hierarchy, x, args.seed, TOLERANCE), "peer": partial(by_faiss, x, start, N_ITER)}, args.repeats
     )
     with threadpool_limits(1):
-        first = fit_centroids(halves(x), k, (args.seed, 0, 0), ThreadExecutor(), Lloyd(n_iter=N_ITER))
+        first = fit(halves(x), k, (args.seed, 0, 0), ThreadExecutor(), Lloyd(n_iter=N_ITER)).centroids
     spread, seeds = leaders(x), range(args.seed, args.seed + args.kl_seeds)
     kl = {tol: [kl_to_uniform(hierarchy(x, seed, tol)[0], spread) for seed in seeds] for tol in (TOLERANCE, 0.0)}
     noise = np.sqrt(sum(np.var(values, ddof=1) / len(values) for values in kl.values())) if len(seeds) > 1 else np.nan

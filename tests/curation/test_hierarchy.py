@@ -17,7 +17,7 @@ from curation.hierarchy import (
     hierarchical_kmeans,
     resample,
 )
-from curation.kmeans import ArrayRows, Lloyd, Member, Step, SubsetRows, fit_centroids, kmeans
+from curation.kmeans import ArrayRows, Lloyd, Member, Step, SubsetRows, fit, kmeans
 from curation.nearest import nearest_centroid
 
 
@@ -94,7 +94,7 @@ def test_every_level_is_a_kmeans_of_the_centroids_below():
 def test_without_resampling_a_level_is_one_kmeans():
     x = np.random.default_rng(4).normal(size=(500, 3)).astype("f4")
     seed = int(np.random.default_rng(0).integers(2**32))
-    plain = fit_centroids([ArrayRows(x)], 20, (seed, 0, 0), SerialExecutor())
+    plain = fit([ArrayRows(x)], 20, (seed, 0, 0), SerialExecutor()).centroids
     for kwargs in ({"n_resamples": 0}, {"resample_size": 1}, {"resample_size": [0]}):
         hierarchy = hierarchical_kmeans(x, [20], np.random.default_rng(0), **kwargs)
         np.testing.assert_array_equal(hierarchy.levels[0].centroids, plain)
@@ -114,7 +114,7 @@ def test_a_resampling_is_a_fresh_kmeans_on_the_closest_rows():
     first = fit_level([ArrayRows(x)], 30, 0, None, seed_key=(7,), executor=SerialExecutor())
     second = fit_level([ArrayRows(x)], 30, 1, 6, seed_key=(7,), executor=SerialExecutor())
     rows = brute_closest(*nearest_centroid(x, first), 30, 6)
-    expected = fit_centroids([SubsetRows(ArrayRows(x), rows)], 30, (7, 1), SerialExecutor())
+    expected = fit([SubsetRows(ArrayRows(x), rows)], 30, (7, 1), SerialExecutor()).centroids
     np.testing.assert_array_equal(second, expected)
 
 
@@ -170,7 +170,7 @@ def test_small_inputs():
 def test_resampling_keeps_a_cluster_for_every_row_it_keeps():
     x = np.repeat(np.eye(3, dtype="f4"), 5, axis=0)
     parts = resample([Member(ArrayRows(x))], Step(np.eye(3, dtype="f4")), 2, SerialExecutor())
-    assert len(fit_centroids(parts, 8, (0,), SerialExecutor())) == 6  # three clusters, two rows of each
+    assert len(fit(parts, 8, (0,), SerialExecutor()).centroids) == 6  # three clusters, two rows of each
 
 
 @dataclass(frozen=True)

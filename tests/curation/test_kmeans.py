@@ -18,7 +18,7 @@ from curation.kmeans import (
     SubsetRows,
     Sums,
     assign_part,
-    fit_centroids,
+    fit,
     full_blocks,
     kmeans,
     lloyd_step,
@@ -128,7 +128,7 @@ def test_parts_give_what_one_array_gives(n_parts):
     whole = kmeans(x, 25, np.random.default_rng(3))
     cuts = np.sort(np.random.default_rng(n_parts).integers(0, 9000, n_parts - 1))
     parts = [*cut(x, cuts), ArrayRows(x[:0])]  # an empty part is ordinary
-    centroids = fit_centroids(parts, 25, (int(np.random.default_rng(3).integers(2**32)),), SerialExecutor())
+    centroids = fit(parts, 25, (int(np.random.default_rng(3).integers(2**32)),), SerialExecutor()).centroids
     np.testing.assert_allclose(centroids, whole.centroids, atol=1e-5)
     labels, sq_distance = map(np.concatenate, zip(*(assign_part(p, centroids) for p in parts), strict=True))
     assert (labels != whole.labels).mean() < 1e-3
@@ -141,7 +141,7 @@ def test_a_bounded_seeding_sample_costs_no_quality(n_parts, monkeypatch):
     whole = np.mean([kmeans(x, 30, np.random.default_rng(s)).sq_distance.sum() for s in range(4)])
     monkeypatch.setattr(module, "MIN_SEED_ROWS", 500)
     parts = cut(x, np.arange(1, n_parts) * 9000 // n_parts)
-    fits = [fit_centroids(parts, 30, (s,), SerialExecutor()) for s in range(4)]
+    fits = [fit(parts, 30, (s,), SerialExecutor()).centroids for s in range(4)]
     sampled = np.mean([nearest_centroid(x, c)[1].sum() for c in fits])
     assert sampled <= 1.05 * whole
 
@@ -170,7 +170,7 @@ def test_every_part_draws_from_its_own_key():
             return super().map(fn, items, *args, **kwargs)
 
     for seed_key in ((5, 0), (5, 1)):
-        fit_centroids(cut(blobs(0), [1000, 2000, 3000]), 5, seed_key, Recording())
+        fit(cut(blobs(0), [1000, 2000, 3000]), 5, seed_key, Recording())
     states = {tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys}
     assert len(keys) == len(states) == 2 * (4 + 1)
 

@@ -1,5 +1,6 @@
 """The k-NN join in cells against the exact search, and what is told of its recall."""
 
+import inspect
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -258,9 +259,11 @@ def test_more_equal_rows_than_neighbours_stay_together(tmp_path, method):
     assert found[first, near][1] is False and found[near, first][1] is False
 
 
-def test_small_pools_are_searched_exactly_and_the_facts_say_so(tmp_path):
+def test_small_pools_are_searched_exactly_and_the_facts_say_so(tmp_path, monkeypatch):
     out = search(embedded(tmp_path, near_rows(200), []), "near")
-    assert out.facts["method"] == "exact" and EXACT_ROWS >= 200 and "nprobe" not in out.facts
+    assert out.facts["method"] == "exact" and "nprobe" not in out.facts
+    monkeypatch.setattr(neighbors, "EXACT_ROWS", 199)
+    assert search(embedded(tmp_path / "more", near_rows(200), []), "near").facts["method"] == "cells"
 
 
 def test_rows_that_are_all_equal_or_none(tmp_path):
@@ -299,6 +302,13 @@ def test_cells_that_cannot_be_are_refused(tmp_path, config, words):
 def test_wrong_values_are_refused(config, words):
     with pytest.raises(ValueError, match=words):
         NeighborsConfig(min_similarity=0.9, **config)
+
+
+def test_what_the_settings_say_of_themselves_is_so():
+    """The comments of a config are the help texts of its options."""
+    said = inspect.getsource(NeighborsConfig)
+    assert f"exact up to {EXACT_ROWS:,} rows" in said
+    assert f"about {cells.ROWS_PER_CELL} rows, between {cells.MIN_CELLS} and {cells.MAX_CELLS:,}" in said
 
 
 def test_few_true_edges_leave_the_choice_to_planted_ones(tmp_path):
