@@ -138,6 +138,18 @@ def best_two(
 
 
 @compiled
+def raise_best(
+    rows: np.ndarray, scores: np.ndarray, found: np.ndarray, best: np.ndarray, labels: np.ndarray
+) -> None:
+    """Raise ``best`` float32 and ``labels`` int32 of rows to the scores float32 (n,) of what was found, int64 (n,);
+    of equal scores the lower label stays."""
+    for i in range(len(rows)):
+        row = rows[i]
+        if scores[i] > best[row] or (scores[i] == best[row] and found[i] < labels[row]):
+            best[row], labels[row] = scores[i], found[i]
+
+
+@compiled
 def pack_rows(x: np.ndarray, rows: np.ndarray, shift: np.ndarray, panels: np.ndarray) -> None:
     """Fill panels float32 (n, d, ROWS) with ``x[rows] - shift``; places beyond the rows repeat the last one,
     rows below 0 are any: nobody asks for them."""

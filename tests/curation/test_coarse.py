@@ -26,34 +26,64 @@ def test_every_centroid_is_in_one_group(k, width):
     np.testing.assert_allclose(everywhere[1], sq_distance, rtol=1e-5)
 
 
-def test_it_is_the_nearest_of_the_probed_groups():
-    c, x = mixture(0, 900), mixture(1, 500)
-    groups = group_centroids(c)
-    group_of = np.empty(900, int)
+def groups_of_centroids(groups):
     from curation.loops_kmeans import COLUMNS
 
-    for g in range(len(groups.centres)):
-        some = groups.order[groups.starts[g] * COLUMNS : groups.starts[g + 1] * COLUMNS]
-        group_of[some[some >= 0]] = g
-    probed = np.argsort(((x[:, None] - groups.centres[None]) ** 2).sum(-1), axis=1)[:, :5]
-    distance = ((x[:, None].astype("f8") - c[None]) ** 2).sum(-1)
-    distance[~(group_of[None] == probed[:, :, None]).any(1)] = np.inf
-    labels = CoarseTarget(groups, 5).assign(x)[0]
-    assert (labels == distance.argmin(1)).mean() > 0.995  # but for rounding
+    group_of = np.empty(len(groups.centroids), int)
+    tiles = np.repeat(np.arange(len(groups.centres)), np.diff(groups.starts) * COLUMNS)
+    group_of[groups.order[groups.order >= 0]] = tiles[groups.order >= 0]
+    return group_of
+
+
+def test_it_is_the_nearest_of_the_probed_groups_and_of_those_that_may_have_a_better_one():
+    c, x = mixture(0, 900), mixture(1, 500)
+    groups = group_centroids(c)
+    group_of = groups_of_centroids(groups)
+    near = ((x[:, None].astype("f8") - groups.centres[None]) ** 2).sum(-1)
+    probed = np.zeros(near.shape, bool)
+    np.put_along_axis(probed, near.argsort(axis=1)[:, :2], True, axis=1)
+    far, seen = c - groups.shift.astype("f8"), x - groups.shift.astype("f8")
+    score = seen @ far.T - 0.5 * (far**2).sum(1)
+    best = np.where(probed[:, group_of], score, -np.inf).max(1)
+    may_have = seen @ (groups.centres - groups.shift).T - groups.middle + groups.gain * np.sqrt(near)
+    probed |= may_have > best[:, None]
+    assert 2 < probed.sum(1).mean() < len(groups.centres) / 2, "the rule must decide something here"
+    score[~probed[:, group_of]] = -np.inf
+    labels = CoarseTarget(groups, 2).assign(x)[0]
+    assert (labels == score.argmax(1)).mean() > 0.995  # but for rounding
+
+
+def test_what_groups_have_is_their_second_best_for_the_queries():
+    c = mixture(0, 300)
+    groups = group_centroids(c)  # every centroid is a query
+    group_of, shift = groups_of_centroids(groups), groups.shift.astype("f8")
+    seen = c - shift
+    score = seen @ seen.T - 0.5 * (seen**2).sum(1)
+    np.fill_diagonal(score, -np.inf)
+    apart = np.sqrt(((c[:, None].astype("f8") - groups.centres[None]) ** 2).sum(-1))
+    for g in np.unique(group_of)[:20]:
+        middle = 0.5 * (seen[group_of == g] ** 2).sum(1).mean()
+        assert groups.middle[g] == pytest.approx(middle, rel=1e-5)
+        above = (score[:, group_of == g].max(1) - (seen @ (groups.centres[g] - shift) - middle)) / apart[:, g]
+        assert groups.gain[g] == pytest.approx(np.sort(above)[-2], rel=1e-3, abs=1e-4)
 
 
 def test_labels_do_not_depend_on_the_pieces(monkeypatch):
     target, x = CoarseTarget(group_centroids(mixture(0, 900)), 6), mixture(1, 500)
     whole = target.assign(x)
-    monkeypatch.setattr(module, "PROBED_ROWS", 77)
+    monkeypatch.setattr(module, "BLOCK_ROWS", 77)
+    monkeypatch.setattr(module, "PANEL_BYTES", 1)
     for a, b in zip(whole, target.assign(x), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_more_probes_agree_more_often():
+def test_the_groups_that_may_have_a_better_one_are_what_makes_it_agree():
     groups, x = group_centroids(mixture(0, 2000)), mixture(1, 1000)
-    found = [n_agreeing(x, CoarseTarget(groups, p)) for p in (1, 4, 16, 89)]
-    assert found == sorted(found) and found[0] < 900 and found[2] > 970 and found[3] >= 998
+    nowhere_else = groups._replace(middle=np.full_like(groups.middle, np.inf))
+    found = [n_agreeing(x, CoarseTarget(some, p)) for p in (1, 4) for some in (nowhere_else, groups)]
+    assert max(found[0], found[2]) < 960
+    assert min(found[1], found[3]) > 980
+    assert n_agreeing(x, CoarseTarget(groups, len(groups.centres))) >= 998
 
 
 def test_k_means_goes_through_groups_from_a_number_of_clusters_on(monkeypatch):
@@ -61,6 +91,8 @@ def test_k_means_goes_through_groups_from_a_number_of_clusters_on(monkeypatch):
     exact = refine([ArrayRows(x)], State(x[:500].copy()), SerialExecutor(), how)
     monkeypatch.setattr(module, "COARSE_FROM", 500)
     monkeypatch.setattr(module, "N_PROBES", 4)
+    nothing = (np.full(89, np.inf, np.float32), np.zeros(89, np.float32))
+    monkeypatch.setattr(module, "what_groups_have", lambda *_: nothing)  # so that it differs from an exact assignment
     through = refine([ArrayRows(x)], State(x[:500].copy()), SerialExecutor(), how)
     assert through.objective != exact.objective
     assert through.objective <= 1.01 * exact.objective
