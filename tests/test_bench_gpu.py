@@ -56,3 +56,13 @@ def test_the_search_for_neighbours_runs_with_torch_and_numpy_alone(tmp_path):
     assert join["recall"] > 0.97 and 2 * 1000 * 0.97 < join["edges"] < join["candidates"]
     assert join["pairs"] < 4000**2
     assert exact["equal"] and exact["faiss"].startswith("ModuleNotFoundError: import of faiss halted")
+
+
+def test_assignment_runs_with_torch_and_numpy_alone(tmp_path):
+    rows = {row["case"]: row for row in run_alone(tmp_path, "--part", "assign", "--rows", "2500")}
+    assert list(rows) == ["matmul", "small", "step", "assign", "kernel"]
+    small, assign = rows["small"], rows["assign"]
+    assert small["equal"] and small["ours"] == 1 and small["peer_name"] == "every distance in float64"
+    assert assign["equal"] and assign["rows"] == rows["step"]["rows"] == 2500 and assign["kernel"] == "torch"
+    assert assign["agree"] == 1 and assign["farther"] == 0 and assign["excess"] == 1
+    assert 0 < assign["rest_share"] < assign["pairs_share"] < 0.2

@@ -13,13 +13,14 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("curation", "embedding", "training", "pipelines")  # each may import what stands to its left
 FILES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-CURATION = {"numpy", "pyarrow", "scipy", "numba", "boto3", "botocore", "faiss", "torch", "idna"}
+CURATION = {"numpy", "pyarrow", "scipy", "numba", "boto3", "botocore", "faiss", "torch", "idna", "triton"}
 EMBEDDING = CURATION | {"PIL", "transformers", "huggingface_hub", "safetensors"}
 TRAINING = EMBEDDING | {"sklearn", "webdataset"}
 ALLOWED = {"curation": CURATION, "embedding": EMBEDDING, "training": TRAINING}  # pipelines: everything
 
 ONLY_IN = {  # beginnings of paths
     "numba": "curation/loops",
+    "triton": "curation/nearest_triton.py",
     "boto3": "curation/s3.py",
     "botocore": "curation/s3.py",
     "ray": "pipelines/ray_executor.py",

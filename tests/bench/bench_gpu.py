@@ -1,4 +1,4 @@
-"""Embedding, or the search for neighbours, on one NVIDIA GPU: what each piece does alone, and all of it together.
+"""Embedding, the search for neighbours, or clustering, on one NVIDIA GPU: each piece alone, and all of it together.
 
 Needs torch, Pillow and numpy alone, and no installed package: run it from anywhere in a copy of the repository. Cases
 of ``--part embed``:
@@ -26,6 +26,20 @@ and of ``--part neighbors`` (``gpu_neighbors``):
                 ``equal``: a cell finds what the definition says
     exact       4,096 queries in a million rows by the torch kernel, beside FAISS on the GPU; ``faiss`` says why not
 
+and of ``--part assign`` (``gpu_assign``):
+
+    matmul      as above
+    small       a case that ``curation.nearest`` does too (without numba: all distances, in float64)
+    step        the second step of k-means of a million rows of width 1024 and 100,000 clusters: centroids sent, rows
+                assigned, sums in float64
+    assign      the same rows to the centroids after it; ``ratio`` is the share of the peak that the products of all
+                rows and centroids make up. ``agree`` is the share of 20,000 rows with the label that products in
+                float64 give, ``farther`` how much farther the centroids of the others are; ``pairs_share`` and
+                ``rest_share`` of the rows were decided by two distances, and by all centroids in float32;
+                ``host_N_tflops``: from N rows in the memory of the machine to labels there
+    kernel      the three highest scores of 65,536 rows alone, by every config of the triton kernel (its numbers are
+                those of ``nearest_triton.Config``), beside torch; ``of_peak`` is the share of the peak
+
     python tests/bench/bench_gpu.py [--part PART] [--tiny] [--data FOLDER] [--rows N] [--seed S] [--json FILE]
 
 --tiny: small, on the CPU, to see that it runs. --data: a folder of JPEGs; without it pictures with the spectrum of
@@ -51,6 +65,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import gpu_assign
 import gpu_neighbors
 import numpy as np
 import torch
@@ -74,6 +89,7 @@ LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99}
 MAX_PIXELS = 10**8
 TAR_IMAGES = 2048
 PREPROCESS = Preprocess()
+FAILURES = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)  # of a case
 Row = dict[str, Any]
 
 
@@ -117,6 +133,8 @@ class Bench:
         self.missed: list[str] = []
         self.name = torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
         self.size = gpu_neighbors.FULL if plan.device == "cuda" else gpu_neighbors.TINY
+        self.assigned = gpu_assign.FULL if plan.device == "cuda" else gpu_assign.TINY
+        self.given: gpu_assign.Given | None = None
 
     def add(self, case: str, aim: float | None = None, aimed: str = "ratio", **fields: Any) -> None:
         """Keep a row; aim: what ``aimed`` must be at least, on a GPU."""
@@ -268,17 +286,40 @@ class Bench:
         """The exact search."""
         self.add("exact", **gpu_neighbors.exact(self.size, self.plan.device, self.seed, seconds))
 
+    def small(self) -> None:
+        """A small assignment, checked."""
+        self.add("small", **gpu_assign.small(self.plan.device, self.seed))
+
+    def step(self) -> None:
+        """K-means, two steps."""
+        self.given = gpu_assign.given(self.assigned, self.plan.device, self.seed)
+        self.add("step", **gpu_assign.kmeans_step(self.given, self.assigned))
+
+    def assign(self) -> None:
+        """Rows to centroids."""
+        if self.given is None:
+            raise ValueError("rows come from the step before: it failed")
+        found = gpu_assign.assign(self.given, self.assigned, self.plan.device, self.seed, self.peak, seconds)
+        self.add("assign", gpu_assign.RATIO_AIM, **found)
+
+    def kernel(self) -> None:
+        """Its products alone."""
+        if self.given is None:
+            raise ValueError("rows come from the step before: it failed")
+        self.add("kernel", **gpu_assign.kernel(self.given, self.plan.device, self.peak, seconds))
+
     def run(self, part: str) -> None:
         """All cases of a part. One that fails is told, and the others go on: time on such a machine is dear."""
         parts: dict[str, list[Callable[[], None]]] = {
             "embed": [self.matmul, self.forward, self.parity, self.decode, self.end_to_end, self.oom],
             "neighbors": [self.matmul, self.tile, self.join, self.exact],
+            "assign": [self.matmul, self.small, self.step, self.assign, self.kernel],
         }
         for case in parts[part]:
             start = time.perf_counter()
             try:
                 case()
-            except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as e:
+            except (*FAILURES, *gpu_assign.TRITON_ERRORS) as e:
                 self.missed.append(f"{case.__name__}: {type(e).__name__}: {e}")
             print(f"{case.__name__}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         self.missed += [
@@ -396,9 +437,10 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     plan = (tiny_plan if args.tiny else full_plan)(args.rows)
     files: list[bytes] = []
-    if args.part == "neighbors":
+    if args.part != "embed":
         bench = Bench(plan, files, args.seed, args.json)
         bench.size = bench.size._replace(rows=args.rows or bench.size.rows)
+        bench.assigned = bench.assigned._replace(rows=args.rows or bench.assigned.rows)
         bench.run(args.part)
         return report(bench.rows, args, bench.missed)
     if args.data:
@@ -416,5 +458,5 @@ if __name__ == "__main__":
     parser = arguments(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--tiny", action="store_true", help="small, on the CPU")
-    parser.add_argument("--part", choices=("embed", "neighbors"), default="embed")
+    parser.add_argument("--part", choices=("embed", "neighbors", "assign"), default="embed")
     sys.exit(main(parser.parse_args()))
