@@ -3,17 +3,19 @@
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, chain, pairwise
 from numbers import Integral
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from curation.coarse import CentroidGroups
-from curation.execute import Executor, Ref, SerialExecutor, on_worker
+from curation.execute import Executor, Here, Ref, SerialExecutor, on_worker
 from curation.kmeans import (
     EMPTY,
     LLOYD,
+    METRICS,
     NO_TRAIL,
     TOLERANCE,
     ArrayRows,
@@ -28,11 +30,17 @@ from curation.kmeans import (
     Trail,
     assign_member,
     assign_part,
-    finite_rows,
+    checked_rows,
     fit,
     step_of,
     step_shared,
+    weighted,
+    weights_of,
 )
+
+RESAMPLE = ("closest", "random")
+WEIGHTS = ("equal", "size")
+LUCK_KEY = 3  # of a run beside its seed key: its k-means draws with 0, 1 and 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +50,13 @@ class ClusterConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines/, no import here
 
     n_clusters: tuple[int, ...]  # of each level, finest first, e.g. (1000, 300)
-    n_resamples: int = 10  # k-means runs of a level after the first
+    n_resamples: int | tuple[int, ...] = 10  # k-means runs of a level after the first; a list: one number a level
     resample_size: tuple[int, ...] | None = None  # rows kept a cluster, a level; None: half the average cluster; 1: off
+    n_splits: tuple[int, ...] | None = None  # a level: so many of its clusters are made, on average, inside one of a
+    # first k-means, each apart; for very many clusters. None, 1: one k-means makes all
+    resample: str = "closest"  # rows a cluster keeps: those nearest to its centre; "random": any, drawn anew each run
+    weights: str = "equal"  # a centre counts once in the level above; "size": as often as it has images below it
+    metric: str = "euclidean"  # or "cosine": spherical k-means, centres are unit vectors at every level
     n_iter: int = 50  # Lloyd steps of a run, at most
     tol: float = TOLERANCE  # a run ends when a step lowers its objective by at most this share; 0: when nothing moves
     empty: str = "keep"  # a cluster that loses its rows stays where it was; "split": it takes half of the largest one
@@ -58,18 +71,57 @@ class ClusterConfig:
             raise ValueError(
                 f"cluster.resample_size must have one number a level: got {self.resample_size} for {self.n_clusters}"
             )
-        for name, least in (("n_resamples", 0), ("n_iter", 1), ("seed", 0)):
+        if len(self.splits) != len(self.n_clusters) or any(
+            not 1 <= n <= k for n, k in zip(self.splits, self.n_clusters, strict=True)
+        ):
+            raise ValueError(
+                "cluster.n_splits must have one number a level, from 1 up to its clusters: "
+                f"got {self.n_splits} for {self.n_clusters}"
+            )
+        if self.weights == "size" and max(self.splits[1:], default=1) > 1:
+            raise ValueError(
+                f"cluster.n_splits must be 1 above the first level when weights are of size: got {self.n_splits}"
+            )
+        if isinstance(self.n_resamples, tuple) and len(self.n_resamples) != len(self.n_clusters):
+            raise ValueError(
+                f"cluster.n_resamples must be one number or one a level: got {self.n_resamples} for {self.n_clusters}"
+            )
+        if min(self.runs) < 0:
+            raise ValueError(f"cluster.n_resamples must be at least 0: got {self.n_resamples}")
+        for name, least in (("n_iter", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"cluster.{name} must be at least {least}: got {getattr(self, name)}")
         if not 0 <= self.tol < 1:
             raise ValueError(f"cluster.tol must be in [0, 1): got {self.tol}")
-        if self.empty not in EMPTY:
-            raise ValueError(f"cluster.empty must be one of {', '.join(EMPTY)}: got {self.empty!r}")
+        for name, known in (("empty", EMPTY), ("resample", RESAMPLE), ("weights", WEIGHTS), ("metric", METRICS)):
+            check_one_of(f"cluster.{name}", getattr(self, name), known)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Runs of each level after its first."""
+        given = self.n_resamples
+        return given if isinstance(given, tuple) else (given,) * len(self.n_clusters)
+
+    @property
+    def sizes(self) -> tuple[int | None, ...]:
+        """Rows kept a cluster at each level; None: half the average cluster."""
+        return self.resample_size or (None,) * len(self.n_clusters)
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Into how many each first cluster of a level is split; 1: it has no first clusters."""
+        return (1,) * len(self.n_clusters) if self.n_splits is None else self.n_splits
 
     @property
     def lloyd(self) -> Lloyd:
         """How every run goes on."""
-        return Lloyd(n_iter=self.n_iter, tol=self.tol, empty=self.empty)
+        return Lloyd(n_iter=self.n_iter, tol=self.tol, empty=self.empty, metric=self.metric)
+
+
+def check_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is among the known ones."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}: got {value!r}")
 
 
 class Groups(NamedTuple):
@@ -158,22 +210,31 @@ def hierarchical_kmeans(
     n_iter: int = 50,
     tol: float = TOLERANCE,
     empty: str = "keep",
+    resample: str = "closest",
+    weights: str = "equal",
+    metric: str = "euclidean",
 ) -> Hierarchy:
     """Cluster the rows, then the centroids of the rows' clusters, and so on.
 
     x: float (n, d), finite; used in float32. ``n_clusters``, finest first. ``n_resamples`` k-means runs follow the
-    first one of a level (a number, or one a level), each from a fresh start on the ``resample_size`` rows closest to
-    every centroid; None stands for half the average cluster, 1 or less for no resampling. A centroid counts once in
-    the level above, whatever its rows, empty clusters too. A level has at most as many clusters as the level below.
+    first one of a level (a number, or one a level), each from a fresh start on ``resample_size`` rows of every cluster;
+    None stands for half the average cluster, 1 or less for no resampling. With ``resample`` ``closest`` these are the
+    rows closest to the centroid, with ``random`` any, drawn without replacement in every run. With ``weights``
+    ``equal`` a centroid counts once in the level above, whatever its rows, empty clusters too; with ``size`` as often
+    as it has rows of x below it, and an empty cluster gets a label there and moves nothing. With ``metric`` ``cosine``
+    rows are made unit, in a copy, and so are the centroids of all levels, see ``Lloyd``; ``sq_distance`` is then that
+    of unit vectors, 2 - 2 * cosine. A level has at most as many clusters as the level below.
     ``n_iter``, ``tol`` and ``empty`` as in ``kmeans``. ``rng`` gives one seed; level t draws from keys (seed, t, ...).
     Holds, beside x, the chosen rows of a run, k * d * 32 bytes, 16 bytes a row and, while it resamples, 16 more.
-    Raises ValueError for what k-means refuses and for lists of other lengths.
+    Raises ValueError for what k-means refuses, for lists of other lengths and for other words.
     """
-    points, seed, levels = finite_rows(x), int(rng.integers(2**32)), list[Level]()
+    how = Lloyd(n_iter=n_iter, tol=tol, empty=empty, metric=metric)
+    check_one_of("weights", weights, WEIGHTS)
+    points, seed, levels = checked_rows(x, metric), int(rng.integers(2**32)), list[Level]()
     sizes = per_level(resample_size, len(n_clusters), "resample_size")
     runs = per_level(n_resamples, len(n_clusters), "n_resamples")
+    part: Rows = ArrayRows(points)
     for t, k in enumerate(n_clusters):
-        part = ArrayRows(points)
         centroids = fit_level(
             [part],
             operator.index(k),
@@ -181,12 +242,23 @@ def hierarchical_kmeans(
             sizes[t],
             seed_key=(seed, t),
             executor=SerialExecutor(),
-            how=Lloyd(n_iter=n_iter, tol=tol, empty=empty),
+            how=how,
             trail=HeldLevel(),
+            pick=resample,
         )
         levels.append(Level(centroids, *assign_part(part, centroids)))
-        points = centroids
+        above: Rows = ArrayRows(centroids)
+        if weights == "size":
+            [above] = weighted([above], Here(rows_below(levels[t].labels, len(centroids), weights_of(part))))
+        part = above
     return Hierarchy(levels)
+
+
+def rows_below(labels: np.ndarray, n_clusters: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """int64 (n_clusters,): how many rows lie below each cluster, from the labels of rows, or of clusters with as many
+    rows below them as ``weights`` int64 say."""
+    counts = np.bincount(labels, weights, n_clusters)  # float64 with weights, which is exact below 2**53
+    return counts.astype(np.int64)
 
 
 def per_level(value: int | Sequence[int] | np.ndarray | None, n_levels: int, name: str) -> Sequence[int | None]:
@@ -242,14 +314,17 @@ def fit_level(
     executor: Executor,
     how: Lloyd = LLOYD,
     trail: LevelTrail = NO_LEVEL,
+    pick: str = "closest",
 ) -> np.ndarray:
     """Centroids float32 (k, d) of one level over all parts: k-means, then ``n_resamples`` runs on resampled rows.
 
     Run r draws from keys (seed_key..., r, ...). ``resample_size`` None is half the average cluster of the level, 1 or
-    less means no resampling. Labels are not kept: ``assign_part`` gives them, part by part, from what is returned.
-    Goes on where ``trail`` says that it stood, to the same bits. This process holds centroids and sums, and what
-    ``resample`` holds; the rows stay on the workers.
+    less means no resampling; ``pick`` says which rows, see ``hierarchical_kmeans``. Labels are not kept:
+    ``assign_part`` gives them, part by part, from what is returned. Goes on where ``trail`` says that it stood, to the
+    same bits. This process holds centroids and sums, and what ``resample`` holds; the rows stay on the workers. Raises
+    ValueError for what k-means refuses and for another ``pick``.
     """
+    check_one_of("resample", pick, RESAMPLE)
     n_rows = sum(part.n_rows for part in parts)
     state, begun = last_state(trail, n_resamples)
     if begun == 0:
@@ -259,8 +334,9 @@ def fit_level(
     for run in range(max(begun, 1), n_resamples + 1 if size > 1 else 1):
         known = trail.run(0) if run == 1 else NO_TRAIL  # later runs are on fewer rows
         members = [Member(part, known.memory(i)) for i, part in enumerate(parts)]
-        subsets = resample(members, step_of(state), size, executor)
-        state = fit(subsets, n_clusters, (*seed_key, run), executor, how, trail.run(run))
+        key = (*seed_key, run)
+        chosen = resample(members, step_of(state), size, executor, key if pick == "random" else None)
+        state = fit(chosen, n_clusters, key, executor, how, trail.run(run))
     return state.centroids
 
 
@@ -273,28 +349,48 @@ def last_state(trail: LevelTrail, n_resamples: int) -> tuple[State | None, int]:
     return None, 0
 
 
-def resample(members: Sequence[Member], step: Step, size: int, executor: Executor) -> list["ChosenRows"]:
-    """The ``size`` rows closest to each centroid, as parts.
+def resample(
+    members: Sequence[Member], step: Step, size: int, executor: Executor, random_key: tuple[int, ...] | None = None
+) -> list["ChosenRows"]:
+    """The ``size`` rows closest to each centroid, as parts; with ``random_key`` any ``size`` rows of each cluster,
+    uniform without replacement, which rows by the key and their position over all parts.
 
     Dense regions lose most rows, so the centroids of a fresh k-means on the others spread towards a uniform density
     over the support of the data. Labels and distances are gathered on a worker, which holds them and what
     ``closest_members`` does: at most 16 bytes a row when ``size`` is half the average cluster. This process holds the
     number of chosen rows of each part.
     """
-    n_clusters = len(step.centroids)
-    assigned = executor.reduce(assigned_part, members, operator.add, shared=step_shared(step, executor))
-    chosen = on_worker(executor, closest_members, {"assigned": assigned, "n_clusters": n_clusters, "size": size})
+    placed = list(zip(members, accumulate((member.part.n_rows for member in members), initial=0), strict=False))
+    work = partial(assigned_part, key=None if random_key is None else luck_key(random_key))
+    assigned = executor.reduce(work, placed, operator.add, shared=step_shared(step, executor))
+    wanted = {"assigned": assigned, "n_clusters": len(step.centroids), "size": size}
+    chosen = on_worker(executor, closest_members, wanted)
     counts = on_worker(executor, chosen_counts, {"chosen": chosen}).get()
     parts = (member.part for member in members)
     return [ChosenRows(part, chosen, i, n_rows) for i, (part, n_rows) in enumerate(zip(parts, counts, strict=True))]
 
 
-Assigned = list[tuple[np.ndarray, np.ndarray]]  # labels and squared distances of parts, one after the other
+Assigned = list[tuple[np.ndarray, np.ndarray]]  # labels of parts, one after the other, and what orders their rows
 
 
-def assigned_part(member: Member, step: Step, groups: CentroidGroups | None = None) -> Assigned:
-    """``assign_member``, as a list of one: lists of neighbours are joined where they were made."""
-    return [assign_member(member, step, groups)]
+def luck_key(seed_key: tuple[int, ...]) -> int:
+    """What the luck of all rows in a run is keyed by."""
+    return int(np.random.SeedSequence([*seed_key, LUCK_KEY, 0]).generate_state(1, np.uint64)[0])
+
+
+def assigned_part(
+    placed: tuple[Member, int], step: Step, groups: CentroidGroups | None = None, key: int | None = None
+) -> Assigned:
+    """``assign_member`` of a part whose first row has this position over all parts, as a list of one: lists of
+    neighbours are joined where they were made. With a key there are random numbers, uint32, in place of distances."""
+    member, first = placed
+    labels, order = assign_member(member, step, groups)
+    if key is not None:
+        from curation import loops_sampling
+
+        order = np.empty(len(labels), np.uint32)
+        loops_sampling.row_luck(np.uint64(key), first, order)
+    return [(labels, order)]
 
 
 @dataclass(frozen=True)
@@ -332,21 +428,29 @@ class ChosenRows:
         """As ``SubsetRows``."""
         return SubsetRows(self.part, self.chosen.get()[self.index]).blocks()
 
+    @property
+    def weights(self) -> np.ndarray | None:
+        """As ``SubsetRows``."""
+        weights = weights_of(self.part)
+        return None if weights is None else weights[self.chosen.get()[self.index]]
+
 
 def closest_members(assigned: Iterable[tuple[np.ndarray, np.ndarray]], n_clusters: int, size: int) -> Chosen:
     """The ``size`` rows closest to the centroid in every cluster, ties to the earlier row.
 
-    assigned: labels int (n,) and squared distances float32 (n,) of one part after the other, read once. Holds a heap
-    of ``size`` (distance, row) a cluster, n_clusters * size * 12 bytes, with a byte a row; then that byte with 8 for
-    each chosen row.
+    assigned: labels int (n,) and squared distances float32 (n,), or other numbers of 4 bytes, of one part after the
+    other, at least one, read once. Holds a heap of ``size`` (distance, row) a cluster, n_clusters * size * 12 bytes,
+    with a byte a row; then that byte with 8 for each chosen row.
     """
     from curation import loops
 
-    distance = np.empty((n_clusters, size), np.float32)
+    rest = iter(assigned)
+    one = next(rest)
+    distance = np.empty((n_clusters, size), one[1].dtype)
     row = np.empty((n_clusters, size), np.int64)
     filled = np.zeros(n_clusters, np.int64)
     starts = [0]
-    for labels, sq_distance in assigned:
+    for labels, sq_distance in chain([one], rest):
         loops.push_closest(distance, row, filled, labels, sq_distance, starts[-1])
         starts.append(starts[-1] + len(labels))
     mask = np.zeros(starts[-1], bool)

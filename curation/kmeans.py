@@ -21,15 +21,22 @@ from curation.nearest import Bounds, Target, assign, moved_by
 from curation.seeding import seed_rows
 
 BLOCK_ROWS = 4096  # rows of a part meet a kernel in blocks of this height; part of the stage version
-SEED_ROWS_PER_CLUSTER = 32  # rows the seeding sees for every cluster ...
-MIN_SEED_ROWS = 65_536  # ... and at least so many
+SEED_ROWS_PER_CLUSTER, LEAST_SEED_ROWS = 32, 8  # rows the seeding sees for every cluster, if they fit and if not in ...
+SEED_BYTES = 1 << 28  # ... so much, as float32
+MIN_SEED_ROWS = 65_536  # that it sees in any case
+MOST_SUMS = 4096  # of clusters, that a step hands from task to task
 TOLERANCE = 1e-4  # relative decrease of the objective in a step: less changes it by less than .001 to the end
 SPLIT = 2.0**-10  # of a value: how far the two halves of a cluster begin apart, up and down in turns
+NO_DIRECTION = 2.0**-40  # a mean of unit rows that is no longer than this is rounding alone
 EMPTY = ("keep", "split")
+METRICS = ("euclidean", "cosine")
 
 
 class Rows(Protocol):
-    """A part: rows that can be read several times, block after block. Must be picklable to leave the process."""
+    """A part: rows that can be read several times, block after block. Must be picklable to leave the process.
+
+    A part may have ``weights`` too, see ``weights_of``; without them every row counts once.
+    """
 
     @property
     def n_rows(self) -> int:
@@ -74,12 +81,53 @@ class SubsetRows:
         """Read the whole part once, two blocks in memory, and cut what is picked into full blocks again."""
         return full_blocks(self._picked()) if len(self.rows) else iter(())
 
+    @property
+    def weights(self) -> np.ndarray | None:
+        """Those of the picked rows."""
+        weights = weights_of(self.part)
+        return None if weights is None else weights[self.rows]
+
     def _picked(self) -> Iterator[np.ndarray]:
         start = 0
         for block in self.part.blocks():
             low, high = np.searchsorted(self.rows, (start, start + len(block)))
             yield block[self.rows[low:high] - start]
             start += len(block)
+
+
+@dataclass(frozen=True)
+class WeightedRows:
+    """A part whose rows count as often as their weights say. These are looked up where the rows are read."""
+
+    part: Rows
+    all_weights: Ref[np.ndarray]  # int64, at least 0, of the rows of all parts; a row of weight 0 moves nothing
+    first: int  # position of the first row of the part among them
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the part."""
+        return self.part.n_rows
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Those of the part."""
+        return self.part.blocks()
+
+    @property
+    def weights(self) -> np.ndarray:
+        """int64 (n_rows,)."""
+        return self.all_weights.get()[self.first : self.first + self.n_rows]
+
+
+def weighted(parts: Sequence[Rows], weights: Ref[np.ndarray]) -> list[WeightedRows]:
+    """The parts with weights int64, at least 0, one for every row of all parts in their order."""
+    firsts = itertools.accumulate((part.n_rows for part in parts), initial=0)
+    return [WeightedRows(part, weights, first) for part, first in zip(parts, firsts, strict=False)]
+
+
+def weights_of(part: Rows) -> np.ndarray | None:
+    """How often each row of a part counts, int64 (n_rows,); None: once."""
+    weights: np.ndarray | None = getattr(part, "weights", None)
+    return weights
 
 
 def full_blocks(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -100,7 +148,7 @@ class Sums(NamedTuple):
     """What rows add to the next centroids."""
 
     sums: np.ndarray  # float64 (k, d), of the rows of each cluster
-    sizes: np.ndarray  # int64 (k,), rows of each cluster
+    sizes: np.ndarray  # int64 (k,), rows of each cluster, each as often as it counts
     objective: float = 0.0  # squared distances of the rows to the centroids they were assigned to
 
     @staticmethod
@@ -108,11 +156,15 @@ class Sums(NamedTuple):
         """Nothing added yet."""
         return Sums(np.zeros((n_clusters, width)), np.zeros(n_clusters, np.int64))
 
-    def add(self, x: np.ndarray, labels: np.ndarray) -> None:
-        """Add float32 rows (n, d) with labels (n,), in row order; the objective is the caller's."""
+    def add(self, x: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Add float32 rows (n, d) with labels (n,), in row order, each once or as often as its weight int64 (n,) says;
+        the objective is the caller's."""
         from curation import loops
 
-        loops.add_rows(self.sums, self.sizes, x, labels)
+        if weights is None:
+            loops.add_rows(self.sums, self.sizes, x, labels)
+        else:
+            loops.add_weighted_rows(self.sums, self.sizes, x, labels, weights)
 
     def merge(self, other: "Sums") -> "Sums":
         """Both together, in new arrays: on a cluster the inputs are read-only."""
@@ -209,17 +261,25 @@ class NoTrail:
 
 @dataclass(frozen=True, kw_only=True)
 class Lloyd:
-    """How long Lloyd's algorithm goes on, and what becomes of clusters that lose their rows."""
+    """How long Lloyd's algorithm goes on, what a centroid is, and what becomes of clusters that lose their rows.
+
+    With ``cosine`` it is spherical k-means (Dhillon & Modha 2001): rows and first centroids have norm 1, and a centroid
+    is the mean of its rows made unit, the direction from which their cosines have the highest sum. Between unit vectors
+    the squared distance is 2 - 2 * cosine, so all else is as for ``euclidean``.
+    """
 
     n_iter: int = 50  # steps, at most
     tol: float = TOLERANCE  # stop when a step lowers the objective by at most this share; 0: when nothing moves
     empty: str = "keep"  # an empty cluster stays where it was; "split": it takes half of the largest one
+    metric: str = "euclidean"  # or "cosine": centroids are unit; where the mean of the rows is 0 one stays as it was
 
     def __post_init__(self) -> None:
         if not 0 <= self.tol < 1:
             raise ValueError(f"tol must be in [0, 1): got {self.tol}")
         if self.empty not in EMPTY:
             raise ValueError(f"empty must be one of {', '.join(EMPTY)}: got {self.empty!r}")
+        if self.metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}: got {self.metric!r}")
 
 
 LLOYD, NO_TRAIL = Lloyd(), NoTrail()  # the defaults
@@ -235,18 +295,20 @@ class KMeans(NamedTuple):
 
 def kmeans(
     x: np.ndarray, n_clusters: int, rng: np.random.Generator, n_iter: int = 50, tol: float = TOLERANCE,
-    empty: str = "keep",
+    empty: str = "keep", metric: str = "euclidean",
 ) -> KMeans:  # fmt: skip
     """K-means of rows by Lloyd's algorithm from seeds that are spread as those of k-means++.
 
     x: float (n, d), finite; used in float32 (other floats are copied). At most n clusters are made. ``n_iter`` Lloyd
     steps, fewer when one lowers the objective by a share of at most ``tol``, or when the centroids stop moving; see
-    ``Lloyd`` for ``empty``. ``rng`` gives one seed. Ties go to the lower cluster. Holds, beside x, 16 bytes a row, the
-    seeding sample three times (max(32 * k, 65536) rows) and k * d * 32 bytes. Raises ValueError for no rows, no
-    clusters, or rows that are not finite.
+    ``Lloyd`` for ``empty`` and ``metric``; for ``cosine`` rows are made unit, in a copy. ``rng`` gives one seed. Ties
+    go to the lower cluster. Holds, beside x, 16 bytes a row, the seeding sample twice (``seed_sample`` rows)
+    and k * d * 32 bytes. Raises ValueError for no rows, no clusters, rows that are not finite and, for ``cosine``, rows
+    of zeros.
     """
-    part, trail, executor = ArrayRows(finite_rows(x)), HeldTrail(), SerialExecutor()
-    key, how = (int(rng.integers(2**32)),), Lloyd(n_iter=n_iter, tol=tol, empty=empty)
+    how = Lloyd(n_iter=n_iter, tol=tol, empty=empty, metric=metric)
+    part, trail, executor = ArrayRows(checked_rows(x, metric)), HeldTrail(), SerialExecutor()
+    key = (int(rng.integers(2**32)),)
     state = fit([part], n_clusters, key, executor, how, trail)
     step = step_shared(step_of(state), executor)
     groups = step["groups"].get() if "groups" in step else None
@@ -262,6 +324,27 @@ def finite_rows(x: np.ndarray) -> np.ndarray:
     if len(bad):
         raise ValueError(f"rows must be finite: {len(bad)} of {len(x)} are not, the first is row {bad[0]}")
     return x
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    """Rows float32 (n, d) scaled to norm 1, in a new array; raises ValueError for rows of zeros."""
+    norms = row_lengths(x)
+    bad = np.flatnonzero(norms == 0)
+    if len(bad):
+        raise ValueError(
+            f"rows must not be zeros for the cosine: {len(bad)} of {len(x)} are, the first is row {bad[0]}"
+        )
+    unit = np.empty_like(x)
+    for start in range(0, len(x), BLOCK_ROWS):
+        at = slice(start, start + BLOCK_ROWS)
+        unit[at] = x[at] / norms[at, None]
+    return unit
+
+
+def checked_rows(x: np.ndarray, metric: str) -> np.ndarray:
+    """``x`` as the metric wants it: ``finite_rows``, for ``cosine`` made unit."""
+    rows = finite_rows(x)
+    return unit_rows(rows) if metric == "cosine" else rows
 
 
 def fit(
@@ -339,41 +422,73 @@ def tag_of(centroids: np.ndarray) -> bytes:
 def lloyd_step(members: Sequence[Member], state: State, executor: Executor, how: Lloyd) -> State:
     """One step of Lloyd's algorithm."""
     centroids = state.centroids
-    total: Sums = executor.reduce(part_sums, members, Sums.merge, shared=step_shared(step_of(state), executor)).get()
-    full, moved = total.sizes > 0, centroids.copy()
-    moved[full] = total.sums[full] / total.sizes[full, None]
-    if how.empty == "split":
-        split_largest(moved, total.sizes)
+    shared = step_shared(step_of(state), executor)
+    total: Sums = executor.reduce(sums_of_parts, in_runs(members), Sums.merge, shared=shared, fan_in=2).get()
+    moved = next_centroids(total, centroids, how)
     small = how.tol > 0 and state.objective - total.objective <= how.tol * total.objective
     done = small or np.array_equal(moved, centroids)  # then nothing will move any more, nor will a label change
     return State(moved, centroids, state.n_done + 1, total.objective, bool(done))
 
 
-def split_largest(centroids: np.ndarray, sizes: np.ndarray) -> None:
+def next_centroids(total: Sums, centroids: np.ndarray, how: Lloyd) -> np.ndarray:
+    """float32 (k, d): the means of what was summed, unit for the cosine; what has none stays, or is split."""
+    moved, lengths = centroids.copy(), total.sizes.astype(np.float64)
+    full = total.sizes > 0
+    if how.metric == "cosine":
+        lengths = row_lengths(total.sums)
+        full = lengths > NO_DIRECTION * total.sizes
+    moved[full] = total.sums[full] / lengths[full, None]
+    if how.empty == "split":
+        apart = split_largest(moved, total.sizes)
+        if how.metric == "cosine":
+            moved[apart] /= row_lengths(moved[apart])[:, None]
+    return moved
+
+
+def row_lengths(x: np.ndarray) -> np.ndarray:
+    """float64 (n,): the norms of rows (n, d)."""
+    lengths: np.ndarray = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
+    return lengths
+
+
+def split_largest(centroids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Give every empty cluster half of what is the largest one by then, ties to the lower, in place: the two begin a
-    little to both sides of it. What FAISS does too; no row is looked at."""
+    little to both sides of it. What FAISS does too; no row is looked at. Returns the clusters that moved, int64."""
     import heapq
 
     heap = [(-size, cluster) for cluster, size in enumerate(sizes.tolist()) if size > 1]
     heapq.heapify(heap)
     way = np.where(np.arange(centroids.shape[1]) % 2, -SPLIT, SPLIT).astype(np.float32)
+    moved = set[int]()
     for empty in np.flatnonzero(sizes == 0).tolist():
         if not heap:
-            return
+            break
+        moved |= {empty, heap[0][1]}
         size, largest = heap[0]
         centroids[empty] = centroids[largest] * (1 - way)
         centroids[largest] *= 1 + way
         heapq.heapreplace(heap, (size + (-size // 2), largest))
         heapq.heappush(heap, (-(-size // 2), empty))
+    return np.array(sorted(moved), np.int64)
 
 
-def part_sums(member: Member, step: Step, groups: CentroidGroups | None = None) -> Sums:
-    """What one part adds: float64 sums (k, d), int64 sizes (k,) and the objective of the clusters its rows are nearest
-    to."""
+def in_runs(members: Sequence[Member]) -> list[Sequence[Member]]:
+    """Neighbours together, MOST_SUMS runs at most: sums are as large as all centroids, and every run hands on one."""
+    height = max(1, -(-len(members) // MOST_SUMS))
+    return [members[start : start + height] for start in range(0, len(members), height)]
+
+
+def sums_of_parts(members: Sequence[Member], step: Step, groups: CentroidGroups | None = None) -> Sums:
+    """What parts add: float64 sums (k, d), int64 sizes (k,) and the objective of the clusters their rows are nearest
+    to, every row as often as it counts. Holds one set of sums."""
     sums, objective = Sums.zeros(*step.centroids.shape), 0.0
-    for x, labels, sq_distance in assigned_blocks(member, step, groups):
-        sums.add(x, labels)
-        objective += float(sq_distance.sum(dtype=np.float64))
+    for member in members:
+        weights, start = weights_of(member.part), 0
+        for x, labels, sq_distance in assigned_blocks(member, step, groups):
+            own = None if weights is None else weights[start : start + len(x)]
+            sums.add(x, labels, own)
+            objective += float((sq_distance if own is None else sq_distance * own).sum(dtype=np.float64))
+            start += len(x)
     return sums._replace(objective=objective)
 
 
@@ -421,17 +536,32 @@ def assign_part(part: Rows, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def seed_centroids(parts: Sequence[Rows], n_clusters: int, seed_key: tuple[int, ...], executor: Executor) -> np.ndarray:
-    """First centroids float32 (k, d): see ``seed_rows``, on a uniform sample of max(32 * k, 65536) rows, or all rows.
+    """First centroids float32 (k, d): see ``seed_rows``, on a uniform sample of the rows, see ``seed_sample``.
 
-    The sample is gathered and used on a worker (rows * d * 12 bytes there); only the centroids come to the driver.
+    The sample is gathered and used on a worker (rows * d * 8 bytes there); only the centroids come to the driver.
+    Rows with weights are sampled as all others and keep them: a sum over the sample stands for one over all, but
+    where a few rows have most of the weight it may miss them.
     """
-    n_wanted = max(SEED_ROWS_PER_CLUSTER * n_clusters, MIN_SEED_ROWS)
+    [width] = executor.map(width_of, [next(part for part in parts if part.n_rows)])
+    n_wanted = seed_sample(n_clusters, width)
     counts = sample_counts([part.n_rows for part in parts], n_wanted, np.random.default_rng([*seed_key, 2, 0]))
     draws = [Draw(part, counts[i], (*seed_key, 0, i)) for i, part in enumerate(parts)]
-    sample: Ref[list[np.ndarray]] = executor.reduce(draw_rows, draws, operator.add)
+    sample: Ref[list[Drawn]] = executor.reduce(draw_rows, draws, operator.add)
     shared = {"sample": sample, "n_clusters": n_clusters}
     [centroids] = executor.map(seeds_of_sample, [(*seed_key, 1, 0)], shared=shared)
     return centroids
+
+
+def width_of(part: Rows) -> int:
+    """Values of a row."""
+    return int(next(part.blocks()).shape[1])
+
+
+def seed_sample(n_clusters: int, width: int) -> int:
+    """Rows that the seeding sees: SEED_ROWS_PER_CLUSTER for every cluster as far as SEED_BYTES hold them as float32,
+    but LEAST_SEED_ROWS for every cluster and MIN_SEED_ROWS in all in any case."""
+    wanted = min(SEED_ROWS_PER_CLUSTER * n_clusters, SEED_BYTES // (4 * width))
+    return max(wanted, LEAST_SEED_ROWS * n_clusters, MIN_SEED_ROWS)
 
 
 def sample_counts(sizes: Sequence[int], n_wanted: int, rng: np.random.Generator) -> list[int]:
@@ -456,15 +586,25 @@ class Draw(NamedTuple):
     key: tuple[int, ...]
 
 
-def draw_rows(draw: Draw) -> list[np.ndarray]:
-    """Blocks of the rows drawn from one part, uniform without replacement, in ascending order."""
+class Drawn(NamedTuple):
+    """The rows drawn from one part."""
+
+    blocks: list[np.ndarray]  # float32 (n, d)
+    weights: np.ndarray | None  # int64, one a row; None: every row counts once
+
+
+def draw_rows(draw: Draw) -> list[Drawn]:
+    """The rows drawn from one part, uniform without replacement, in ascending order; a list of one, to be joined."""
     rng = np.random.default_rng(draw.key)
     rows = rng.choice(draw.part.n_rows, draw.n_wanted, replace=False, shuffle=False)
-    return list(SubsetRows(draw.part, np.sort(rows)).blocks())
+    drawn = SubsetRows(draw.part, np.sort(rows))
+    return [Drawn(list(drawn.blocks()), drawn.weights)]
 
 
-def seeds_of_sample(key: tuple[int, ...], sample: list[np.ndarray], n_clusters: int) -> np.ndarray:
+def seeds_of_sample(key: tuple[int, ...], sample: list[Drawn], n_clusters: int) -> np.ndarray:
     """Centroids float32 (k, d) chosen from the rows of a sample."""
-    x = np.concatenate(sample)
-    chosen: np.ndarray = x[seed_rows(x, n_clusters, np.random.default_rng(key))]
+    x = np.concatenate([block for drawn in sample for block in drawn.blocks])
+    weights = [drawn.weights for drawn in sample if drawn.weights is not None]
+    rng = np.random.default_rng(key)
+    chosen: np.ndarray = x[seed_rows(x, n_clusters, rng, np.concatenate(weights) if weights else None)]
     return chosen

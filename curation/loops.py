@@ -133,6 +133,18 @@ def add_rows(sums: np.ndarray, sizes: np.ndarray, x: np.ndarray, labels: np.ndar
 
 
 @compiled
+def add_weighted_rows(
+    sums: np.ndarray, sizes: np.ndarray, x: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> None:
+    """``add_rows`` of rows that count as often as their weight int64 says."""
+    for i in range(len(x)):
+        label, weight = labels[i], np.float64(weights[i])
+        sizes[label] += weights[i]
+        for j in range(x.shape[1]):
+            sums[label, j] += weight * np.float64(x[i, j])
+
+
+@compiled
 def fill_groups(labels: np.ndarray, cursor: np.ndarray, rows: np.ndarray) -> None:
     """Counting sort: put row i at ``cursor[labels[i]]`` and advance that cursor."""
     for i in range(len(labels)):
@@ -151,6 +163,7 @@ def push_closest(
     first_row: int,
 ) -> None:
     """Offer rows ``first_row + i``, in ascending order, to the heaps (k, size) of the closest rows of each label.
+    A distance may be any number that orders rows.
 
     Each heap has its farthest (distance, row) on top. A row as far as the top comes later, so it stays outside.
     """

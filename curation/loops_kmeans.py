@@ -138,9 +138,7 @@ def best_two(
 
 
 @compiled
-def raise_best(
-    rows: np.ndarray, scores: np.ndarray, found: np.ndarray, best: np.ndarray, labels: np.ndarray
-) -> None:
+def raise_best(rows: np.ndarray, scores: np.ndarray, found: np.ndarray, best: np.ndarray, labels: np.ndarray) -> None:
     """Raise ``best`` float32 and ``labels`` int32 of rows to the scores float32 (n,) of what was found, int64 (n,);
     of equal scores the lower label stays."""
     for i in range(len(rows)):

@@ -18,6 +18,13 @@ def mix(x: np.uint64) -> np.uint64:
 
 
 @compiled
+def row_luck(key: np.uint64, first: int, luck: np.ndarray) -> None:
+    """Fill ``luck`` uint32 (n,) with random numbers, that of row ``first + i`` a hash of this position and the key."""
+    for i in range(len(luck)):
+        luck[i] = mix(key + np.uint64(first + i)) >> np.uint64(32)
+
+
+@compiled
 def is_drawn(key: np.uint64, left: int, need: int) -> bool:
     """Whether the next of ``left`` tickets is among the ``need`` drawn ones: with probability need / left.
 

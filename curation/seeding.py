@@ -20,18 +20,21 @@ BLOCK_ROWS = 4096
 EMPTY = np.empty(0)
 
 
-def seed_rows(x: np.ndarray, n_clusters: int, rng: np.random.Generator) -> np.ndarray:
+def seed_rows(
+    x: np.ndarray, n_clusters: int, rng: np.random.Generator, weights: np.ndarray | None = None
+) -> np.ndarray:
     """Rows int64 (k,) of x float32 (n, d) to start k-means from.
 
-    A row is chosen twice only where all others coincide with chosen ones. Holds two copies of x and 40 bytes a row.
-    Takes n * d * k products, and in the choices up to 2 * PER_CELL * (2 + ln k) * n * d; for k below CELLS_FROM
-    n * d * k * (2 + ln k).
+    weights: numbers (n,), at least 0, that squared distances are multiplied by, as if each row stood there so often;
+    None: all 1. A row is chosen twice only where all others (of a weight above 0) coincide with chosen ones. Holds 40
+    bytes a row, and a copy of x for k below CELLS_FROM. Takes n * d * k products, and in the choices up to
+    2 * PER_CELL * (2 + ln k) * n * d; for k below CELLS_FROM n * d * k * (2 + ln k).
     """
     if n_clusters < CELLS_FROM:
-        return kmeans_plus_plus(x, n_clusters, rng)
+        return kmeans_plus_plus(x, n_clusters, rng, weights)
     n_cells = max(MIN_CELLS, n_clusters // PER_CELL)
     seen = np.sort(rng.choice(len(x), min(len(x), COARSE_ROWS * n_cells), replace=False, shuffle=False))
-    cells = Cells(x, seen[kmeans_plus_plus(x[seen], n_cells, rng)])
+    cells = Cells(x, seen[kmeans_plus_plus(x[seen], n_cells, rng, at(weights, seen))], weights)
     rounds, n_chosen = [cells.order[cells.chosen]], n_cells
     while n_chosen < n_clusters:
         new = cells.choose(min(math.ceil(n_chosen * GROWTH), n_clusters - n_chosen), 2 + int(math.log(n_clusters)), rng)
@@ -43,40 +46,57 @@ def seed_rows(x: np.ndarray, n_clusters: int, rng: np.random.Generator) -> np.nd
 
 
 class Cells:
-    """Rows sorted by the cell they lie in, and how far each is from the nearest chosen row."""
+    """Rows sorted by the cell they lie in, and how far each is from the nearest chosen row. The rows themselves stay
+    where they are: a cell is copied while it is looked at."""
 
-    def __init__(self, x: np.ndarray, chosen: np.ndarray) -> None:
+    def __init__(self, x: np.ndarray, chosen: np.ndarray, weights: np.ndarray | None = None) -> None:
         labels, nearest = nearest_of(x, x[chosen])
         self.order = np.argsort(labels, kind="stable")  # int64 (n,): rows of x
-        self.x = x[self.order] - x.mean(axis=0)
-        self.norms = np.einsum("nd,nd->n", self.x, self.x)
+        self.x, self.shift = x, x.mean(axis=0)
         self.nearest = nearest[self.order]  # float32 (n,), squared
+        self.weights = at(weights, self.order)
         self.starts = np.concatenate([[0], np.cumsum(np.bincount(labels, minlength=len(chosen)))])
         self.chosen = np.argsort(self.order)[chosen]  # places
 
     def choose(self, n: int, n_candidates: int, rng: np.random.Generator) -> np.ndarray:
         """At most n more places, int64: fewer where no row is left in a cell that differs from a chosen one."""
-        weights = np.add.reduceat(np.append(self.nearest, 0).astype(np.float64), self.starts[:-1])
-        weights[np.diff(self.starts) == 0] = 0
-        shares = draw_shares(weights, math.ceil(n * PROPOSED), rng)
+        costs = np.append(weighed(self.nearest, self.weights), 0).astype(np.float64)
+        of_cells = np.add.reduceat(costs, self.starts[:-1])
+        of_cells[np.diff(self.starts) == 0] = 0
+        shares = draw_shares(of_cells, math.ceil(n * PROPOSED), rng)
         offers = [self._offers(cell, shares[cell], n_candidates, rng) for cell in np.flatnonzero(shares).tolist()]
         places, gains = (np.concatenate(column) for column in zip(*offers, strict=True)) if offers else (EMPTY, EMPTY)
         new: np.ndarray = places[np.sort(np.argsort(-gains, kind="stable")[:n])].astype(np.int64)
         if len(new):  # rows of other cells may be near to them too
-            np.minimum(self.nearest, nearest_of(self.x, self.x[new])[1], out=self.nearest)
+            found = nearest_of(self.x, self.x[self.order[new]])[1]
+            np.minimum(self.nearest, found[self.order], out=self.nearest)
         return new
 
     def _offers(self, cell: int, n: int, n_candidates: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """At most n places of a cell one after the other, and how much each lowers the sum of the cell; never more
         than the one before it, so that the best of several cells begin where each begins."""
         first, last = self.starts[[cell, cell + 1]].tolist()
-        x, norms, nearest = self.x[first:last], self.norms[first:last], self.nearest[first:last]
-        places, sums = list[int](), [float(nearest.sum(dtype=np.float64))]
-        while len(places) < n and nearest.any():
-            best, nearest = choose_best(x, norms, nearest, draw_candidates(nearest, n_candidates, rng))
+        own = slice(first, last)
+        x = self.x[self.order[own]] - self.shift
+        norms, nearest, weights = np.einsum("nd,nd->n", x, x), self.nearest[own], at(self.weights, own)
+        costs = weighed(nearest, weights)
+        places, sums = list[int](), [float(costs.sum(dtype=np.float64))]
+        while len(places) < n and costs.any():
+            best, nearest = choose_best(x, norms, nearest, draw_candidates(costs, n_candidates, rng), weights)
+            costs = weighed(nearest, weights)
             places.append(first + best)
-            sums.append(float(nearest.sum(dtype=np.float64)))
+            sums.append(float(costs.sum(dtype=np.float64)))
         return np.array(places, np.int64), np.minimum.accumulate(-np.diff(sums))
+
+
+def at(weights: np.ndarray | None, rows: np.ndarray | slice) -> np.ndarray | None:
+    """The weights of some rows, float64; None where all are 1."""
+    return None if weights is None else weights[rows].astype(np.float64, copy=False)
+
+
+def weighed(nearest: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Squared distances as they count: times the weights of their rows."""
+    return nearest if weights is None else nearest * weights
 
 
 def nearest_of(x: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -96,29 +116,38 @@ def draw_shares(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.nda
     return np.diff(np.minimum(ends, n), prepend=0)
 
 
-def kmeans_plus_plus(x: np.ndarray, n_clusters: int, rng: np.random.Generator) -> np.ndarray:
+def kmeans_plus_plus(
+    x: np.ndarray, n_clusters: int, rng: np.random.Generator, weights: np.ndarray | None = None
+) -> np.ndarray:
     """Rows int64 (k,) of x to start k-means from: greedy k-means++ (Arthur & Vassilvitskii 2007).
 
     x: float32 (n, d). The first row is uniform; for each next one 2 + floor(ln k) candidates are drawn with
     probability proportional to the squared distance to the nearest chosen row, and the one that leaves the smallest
     sum of these stays (ties: the first drawn). A row is chosen twice only where all others coincide with chosen ones.
-    Holds a copy of x and (2 + ln k) * n * 8 bytes.
+    With ``weights`` (see ``seed_rows``) the first one is drawn by them, and squared distances are multiplied by them.
+    Holds a copy of x and (2 + ln k) * n * 8 bytes, with weights twice that.
     """
     n_candidates = 2 + int(math.log(n_clusters))
     x = x - x.mean(axis=0)
     norms = np.einsum("nd,nd->n", x, x)
+    weights = at(weights, slice(None))
     nearest = np.full(len(x), np.inf, np.float32)
     chosen = np.empty(n_clusters, np.int64)
+    drawn = rng.integers(len(x), size=1) if weights is None else draw_candidates(weights, 1, rng)
     for i in range(n_clusters):
-        drawn = draw_candidates(nearest, n_candidates, rng) if i else rng.integers(len(x), size=1)
-        chosen[i], nearest = choose_best(x, norms, nearest, drawn)
+        if i:
+            drawn = draw_candidates(weighed(nearest, weights), n_candidates, rng)
+        chosen[i], nearest = choose_best(x, norms, nearest, drawn, weights)
     return chosen
 
 
-def choose_best(x: np.ndarray, norms: np.ndarray, nearest: np.ndarray, drawn: np.ndarray) -> tuple[int, np.ndarray]:
-    """Of the drawn rows the one that leaves the smallest sum of squared distances, ties to the first, and these."""
+def choose_best(
+    x: np.ndarray, norms: np.ndarray, nearest: np.ndarray, drawn: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[int, np.ndarray]:
+    """Of the drawn rows the one that leaves the smallest sum of squared distances, each times its weight, ties to the
+    first, and these distances."""
     left = np.minimum(sq_distances_to(x, norms, drawn), nearest)
-    best = int(left.sum(axis=1).argmin())
+    best = int((left.sum(axis=1) if weights is None else left @ weights).argmin())
     near = np.flatnonzero(left[best] <= 1e-3 * float(norms.max()))  # inexact in a product: copies must be at 0
     left[best, near] = np.minimum(nearest[near], ((x[near] - x[drawn[best]]) ** 2).sum(axis=1))
     return int(drawn[best]), left[best]

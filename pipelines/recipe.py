@@ -249,12 +249,15 @@ def structure(kind: type[Config], values: Any, owner: str) -> Config:
     try:
         return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as e:
-        error = e.errors()[0]
+        errors = e.errors()
+        of_key = (one for one in errors if one["loc"][:1] == errors[0]["loc"][:1])
+        error = max(of_key, key=lambda one: len(one["loc"]))  # of one value or a list of some: what got farthest
         if error["type"] == "value_error":  # the config's own sentence
             raise UserError(str(error["ctx"]["error"]), f"change it in step {owner}") from e
         if error["type"] == "missing":
             raise UserError(f"{owner} must have {error['loc'][0]}: got none", f"add {error['loc'][0]}: to it") from e
-        kinds = ("str", "tuple[str, ...]")  # of a value that may be one or several: which of them was tried
+        # of a value that may be one or several: which of them was tried
+        kinds = ("str", "tuple[str, ...]", "int", "tuple[int, ...]")
         path = ".".join([owner, *(str(piece) for piece in error["loc"] if piece not in kinds)])
         message = error["msg"].removeprefix("Input should be ")
         raise UserError(

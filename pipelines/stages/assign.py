@@ -19,7 +19,7 @@ from curation.kmeans import Step, step_shared
 from curation.store import Location, file_sha256
 from pipelines.errors import UserError
 from pipelines.stage import Inputs, Output, Stage
-from pipelines.stages.cluster import LabelTask, agreement, label_part, labels_of_level
+from pipelines.stages.cluster import LabelTask, agreement, label_part, labels_of_level, level_parts
 from pipelines.stages.retrieval.clusters import centroids_of_level
 
 N_TASKS = 64  # that count clusters: each holds all of them, and reads its parts one after the other
@@ -42,7 +42,8 @@ def run(config: AssignConfig, inputs: Inputs, out: Output, executor: Executor) -
     out.make(partial(label_part, out=out.location), tasks, [[task.name] for task in tasks], shared=shared)
     out.facts |= {name: tree.facts[name] for name in ("n_clusters", "width", "backbone")}
     if "groups" in shared:
-        out.facts["agreement"] = {**tree.facts["agreement"], "0": agreement(parts, shared, executor)}
+        found = agreement(tasks, level_parts(out, 0), out.location, executor)
+        out.facts["agreement"] = {**tree.facts["agreement"], "0": found}
     n_clusters = tree.facts["n_clusters"]
     spreads = {
         "old": spread_of([tree.part(i) for i in range(len(tree.parts))], n_clusters[0], executor),

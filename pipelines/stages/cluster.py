@@ -5,29 +5,30 @@ artifact in parts, and ``labels-<t>-*`` the level-t cluster of each cluster of l
 scratch, for every run of a level: where it stands after its last step, and bounds of every part.
 """
 
-import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from curation import coarse
 from curation.artifact import Artifact, Counts, FileInfo, describe, part_name, read_table, write_table
-from curation.coarse import CentroidGroups, CoarseTarget, n_agreeing
+from curation.coarse import CentroidGroups
 from curation.embeddings import EmbeddingsPart, covered_rows, embedding_parts, read_embeddings, write_embeddings
-from curation.execute import Executor
-from curation.hierarchy import ClusterConfig, fit_level
-from curation.kmeans import Member, State, Step, SubsetRows, assign_member, step_shared
-from curation.nearest import Bounds
+from curation.execute import Executor, Ref
+from curation.hierarchy import ClusterConfig, fit_level, rows_below
+from curation.kmeans import Member, Rows, Step, SubsetRows, assign_member, step_shared, weighted, weights_of
+from curation.nearest import nearest_centroid
 from curation.store import Location
 from pipelines.errors import UserError
 from pipelines.stage import Inputs, Output, Stage
+from pipelines.stages.split import Job, Plan, job_of, labels_of_part, read_centroids, split_level
+from pipelines.stages.trails import FileLevel
 
 CENTROID_ROWS = 65_536  # centroids of one file
 AGREEMENT_PARTS, AGREEMENT_ROWS = 16, 256  # parts, and rows of each, that tell how right a coarse assignment is
-TAG_BYTES = 32  # that bounds begin with
 
 
 class LabelTask(NamedTuple):
@@ -47,32 +48,24 @@ def run(config: ClusterConfig, inputs: Inputs, out: Output, executor: Executor) 
             f"cluster.n_clusters must be at most the number of rows: got {config.n_clusters[0]} for {n_rows} rows",
             "ask for fewer clusters, or select less strictly",
         )
-    sizes = config.resample_size or [None] * len(config.n_clusters)
     made: list[int] = []
     agreements: dict[int, float] = {}
-    for t, (k, size) in enumerate(zip(config.n_clusters, sizes, strict=True)):
-        centroids = level_parts(out, t)
-        if not centroids:
-            filled = [part for part in parts if part.n_rows]
-            fitted = fit_level(
-                filled,
-                k,
-                config.n_resamples,
-                size,
-                seed_key=(config.seed, t),
-                executor=executor,
-                how=config.lloyd,
-                trail=FileLevel(out.scratch(f"level-{t}")),
-            )
-            centroids = write_centroids(out, t, fitted)
+    weights: Ref[np.ndarray] | None = None  # of the rows of a level
+    for t, n_splits in enumerate(config.splits):
+        counted: Sequence[Rows] = parts if weights is None else weighted(parts, weights)
         prefix = "part" if t == 0 else f"labels-{t}"
         tasks = [LabelTask(part_name(i, prefix), part) for i, part in enumerate(parts)]
-        work = partial(label_part, out=out.location)
-        shared = step_shared(Step(load(centroids)), executor)
-        out.make(work, tasks, [[task.name] for task in tasks], shared=shared)
-        if "groups" in shared:
-            agreements[t] = agreement(parts, shared, executor)
+        if n_splits > 1:
+            centroids = split_and_label(config, t, tasks, out, executor)
+        else:
+            centroids = fit_and_label(config, t, tasks, counted, out, executor)
         made.append(sum(part.n_rows for part in centroids))
+        if n_splits > 1 or made[t] >= coarse.COARSE_FROM:
+            agreements[t] = agreement(tasks, centroids, out.location, executor)
+        if config.weights == "size" and t + 1 < len(config.n_clusters):
+            labelled = [(out.location / task.name, part) for task, part in zip(tasks, counted, strict=True)]
+            count = partial(rows_below_part, n_clusters=made[t])
+            weights = executor.reduce(count, labelled, operator.add)
         parts = centroids
     out.files += describe_centroids(out, executor)
     out.facts |= {"n_clusters": made, "width": embeddings.facts["width"], "backbone": embeddings.facts["backbone"]}
@@ -81,63 +74,70 @@ def run(config: ClusterConfig, inputs: Inputs, out: Output, executor: Executor) 
     return {"rows": n_rows, "kept": n_rows, "dropped": 0, "bad": 0}
 
 
-@dataclass(frozen=True)
-class FileMemory:
-    """Bounds of a part in a file: their tag, then 8 bytes a row."""
-
-    location: Location
-
-    def load(self, tag: bytes) -> Bounds | None:
-        """As ``Memory``."""
-        if not self.location.exists():
-            return None
-        data = self.location.read()
-        if data[:TAG_BYTES] != tag:
-            return None
-        labels, lower = np.frombuffer(data, "<i4", offset=TAG_BYTES).reshape(2, -1)
-        return Bounds(labels, lower.view("<f4"))
-
-    def save(self, tag: bytes, bounds: Bounds) -> None:
-        """As ``Memory``."""
-        self.location.write(tag + bounds.labels.astype("<i4").tobytes() + bounds.lower.astype("<f4").tobytes())
-
-
-@dataclass(frozen=True)
-class FileTrail:
-    """A run in a folder."""
-
-    folder: Location
-
-    def memory(self, part: int) -> FileMemory:
-        """As ``Trail``."""
-        return FileMemory(self.folder / f"bounds-{part:07d}")
-
-    def load(self) -> State | None:
-        """As ``Trail``."""
-        at = self.folder / "state.npz"
-        if not at.exists():
-            return None
-        with np.load(io.BytesIO(at.read()), allow_pickle=False) as held:
-            before = held["before"] if held["n_done"] else None
-            return State(held["centroids"], before, int(held["n_done"]), float(held["objective"]), bool(held["done"]))
-
-    def save(self, state: State) -> None:
-        """As ``Trail``."""
-        data = io.BytesIO()
-        before = state.centroids[:0] if state.before is None else state.before
-        np.savez(data, **state._replace(before=before)._asdict())
-        (self.folder / "state.npz").write(data.getvalue())
+def fit_and_label(
+    config: ClusterConfig, level: int, tasks: Sequence[LabelTask], counted: Sequence[Rows], out: Output,
+    executor: Executor,
+) -> list[EmbeddingsPart]:  # fmt: skip
+    """The centroids of a level by k-means of its rows, and the nearest one of every row; ``counted`` are the rows of
+    the tasks with their weights."""
+    centroids = level_parts(out, level)
+    if not centroids:
+        fitted = fit_level(
+            [part for part in counted if part.n_rows],
+            config.n_clusters[level],
+            config.runs[level],
+            config.sizes[level],
+            seed_key=(config.seed, level),
+            executor=executor,
+            how=config.lloyd,
+            trail=FileLevel(out.scratch(f"level-{level}")),
+            pick=config.resample,
+        )
+        centroids = write_centroids(out, level, fitted)
+    shared = step_shared(Step(load(centroids)), executor)
+    out.make(partial(label_part, out=out.location), tasks, [[task.name] for task in tasks], shared=shared)
+    return centroids
 
 
-@dataclass(frozen=True)
-class FileLevel:
-    """The runs of a level, a folder each."""
+def split_and_label(
+    config: ClusterConfig, level: int, tasks: Sequence[LabelTask], out: Output, executor: Executor
+) -> list[EmbeddingsPart]:
+    """The same in two steps, by ``n_splits``."""
+    parts = [task.part for task in tasks]
+    job = job_of(config, level, parts, out.scratch(f"level-{level}"))
+    plan = split_level(job, parts, executor)
+    if not level_parts(out, level):
+        k = int(plan.offsets[-1])
+        files = [(i, start, min(start + CENTROID_ROWS, k)) for i, start in enumerate(range(0, k, CENTROID_ROWS))]
+        write = partial(write_split_centroids, out=out.location)
+        for some in (files[1:], files[:1]):
+            for _ in executor.map(write, some, {"job": job, "plan": plan}):
+                pass
+    work = partial(label_split_part, out=out.location)
+    shared = {"job": job, "plan": plan}
+    out.make(work, list(enumerate(tasks)), [[task.name] for task in tasks], shared=shared)
+    return level_parts(out, level)
 
-    folder: Location
 
-    def run(self, number: int) -> FileTrail:
-        """As ``LevelTrail``."""
-        return FileTrail(self.folder / f"run-{number:04d}")
+def write_split_centroids(file: tuple[int, int, int], out: Location, job: Job, plan: Plan) -> None:
+    """One file of the centroids of a level: its number, and which centroids it has."""
+    number, begin, end = file
+    x = read_centroids(begin, end, job, plan)
+    write_embeddings(out / part_name(number, f"centroids-{job.level}"), np.arange(len(x)), x)
+
+
+def label_split_part(numbered: tuple[int, LabelTask], out: Location, job: Job, plan: Plan) -> FileInfo:
+    """The labels that the pieces have sent to a part."""
+    number, task = numbered
+    return write_labels(out / task.name, task.part, *labels_of_part(number, task.part, job, plan))
+
+
+def rows_below_part(labelled: tuple[Location, Rows], n_clusters: int) -> np.ndarray:
+    """What one part adds to the rows of the pool below each cluster, int64 (n_clusters,): a file of labels, and what is
+    labelled there."""
+    location, part = labelled
+    labels: np.ndarray = read_table(location, ["label"])["label"].to_numpy()
+    return rows_below(labels, n_clusters, weights_of(part))
 
 
 def level_parts(out: Output, level: int) -> list[EmbeddingsPart]:
@@ -173,32 +173,46 @@ def load(parts: Sequence[EmbeddingsPart]) -> np.ndarray:
     return np.concatenate([read_embeddings(part.location)[1] for part in parts])
 
 
-def agreement(parts: Sequence[EmbeddingsPart], shared: Mapping[str, Any], executor: Executor) -> float:
-    """The share of sampled rows that got the nearest of all centroids, where they were assigned through groups."""
-    some = [part for part in parts if part.n_rows]
+def agreement(
+    tasks: Sequence[LabelTask], centroids: Sequence[EmbeddingsPart], out: Location, executor: Executor
+) -> float:
+    """The share of sampled rows that got the nearest of all centroids, where not all were looked at. This process holds
+    AGREEMENT_PARTS * AGREEMENT_ROWS vectors."""
+    some = [task for task in tasks if task.part.n_rows]
     some = some[:: -(-len(some) // AGREEMENT_PARTS)]
-    counts = list(executor.map(agreeing_rows, some, {"groups": shared["groups"]}))
-    return sum(same for same, _ in counts) / sum(n for _, n in counts)
+    sampled = executor.map(partial(sample_rows, out=out), some)
+    x, found = (np.concatenate(column) for column in zip(*sampled, strict=True))
+    nearest = executor.reduce(nearest_of_part, centroids, np.minimum, shared={"x": x}).get()
+    return float((found <= nearest).mean())
 
 
-def agreeing_rows(part: EmbeddingsPart, groups: CentroidGroups) -> tuple[int, int]:
-    """How many of some rows of a part got the nearest centroid, and of how many."""
-    rows = np.linspace(0, part.n_rows - 1, min(AGREEMENT_ROWS, part.n_rows)).astype(np.int64)
-    x = np.concatenate(list(SubsetRows(part, rows).blocks()))
-    return n_agreeing(x, CoarseTarget(groups)), len(x)
+def sample_rows(task: LabelTask, out: Location) -> tuple[np.ndarray, np.ndarray]:
+    """Some rows of a part, and how far they are from the centroid they got."""
+    rows = np.linspace(0, task.part.n_rows - 1, min(AGREEMENT_ROWS, task.part.n_rows)).astype(np.int64)
+    x = np.concatenate(list(SubsetRows(task.part, rows).blocks()))
+    return x, read_table(out / task.name, ["sq_distance"])["sq_distance"].to_numpy()[rows]
+
+
+def nearest_of_part(part: EmbeddingsPart, x: np.ndarray) -> np.ndarray:
+    """float32 (n,): squared distances of rows to the nearest of the centroids in one file."""
+    return nearest_centroid(x, read_embeddings(part.location)[1])[1]
 
 
 def label_part(task: LabelTask, out: Location, step: Step, groups: CentroidGroups | None = None) -> FileInfo:
     """The nearest centroid of every row of a part, and its squared distance."""
-    labels, sq_distance = assign_member(Member(task.part), step, groups)
+    return write_labels(out / task.name, task.part, *assign_member(Member(task.part), step, groups))
+
+
+def write_labels(file: Location, part: EmbeddingsPart, labels: np.ndarray, sq_distance: np.ndarray) -> FileInfo:
+    """What every row of a part got."""
     table = pa.table(
         {
-            "row": pa.array(covered_rows(task.part.location), pa.int32()),
+            "row": pa.array(covered_rows(part.location), pa.int32()),
             "label": pa.array(labels),
             "sq_distance": pa.array(sq_distance),
         }
     )
-    return write_table(out / task.name, table)
+    return write_table(file, table)
 
 
 def labels_of_level(tree: Artifact, level: int) -> np.ndarray:
@@ -207,4 +221,4 @@ def labels_of_level(tree: Artifact, level: int) -> np.ndarray:
     return np.concatenate([read_table(tree.location / name, ["label"])["label"].to_numpy() for name in names])
 
 
-STAGE = Stage(version=2, config=ClusterConfig, run=run, reads={"embeddings": ("embed",)})
+STAGE = Stage(version=3, config=ClusterConfig, run=run, reads={"embeddings": ("embed",)})

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from curation.execute import SerialExecutor, fold_tree
+from curation.execute import Here, SerialExecutor, fold_tree
 from curation.hierarchy import (
     Chosen,
     ClusterConfig,
@@ -16,8 +16,20 @@ from curation.hierarchy import (
     group_rows,
     hierarchical_kmeans,
     resample,
+    rows_below,
 )
-from curation.kmeans import ArrayRows, Lloyd, Member, Step, SubsetRows, fit, kmeans
+from curation.kmeans import (
+    ArrayRows,
+    Lloyd,
+    Member,
+    Step,
+    SubsetRows,
+    fit,
+    kmeans,
+    unit_rows,
+    weighted,
+    weights_of,
+)
 from curation.nearest import nearest_centroid
 
 
@@ -118,6 +130,61 @@ def test_a_resampling_is_a_fresh_kmeans_on_the_closest_rows():
     np.testing.assert_array_equal(second, expected)
 
 
+def random_rows(parts, centroids, size, key):
+    """Which rows are drawn, over all parts."""
+    chosen = resample([Member(part) for part in parts], Step(centroids), size, SerialExecutor(), key)
+    starts = np.cumsum([0, *(part.n_rows for part in parts)])
+    return np.concatenate([c.chosen.get()[c.index] + start for c, start in zip(chosen, starts, strict=False)])
+
+
+def test_a_random_resampling_is_a_fresh_kmeans_on_any_rows_of_each_cluster():
+    x = np.random.default_rng(6).normal(size=(800, 4)).astype("f4")
+    first = fit_level([ArrayRows(x)], 30, 0, None, seed_key=(7,), executor=SerialExecutor())
+    labels = nearest_centroid(x, first)[0]
+    rows = random_rows([ArrayRows(x)], first, 6, (7, 1))
+    np.testing.assert_array_equal(np.bincount(labels[rows], minlength=30), np.bincount(labels).clip(max=6))
+    assert len(np.unique(rows)) == len(rows) and (np.diff(rows) > 0).all()
+    for run in (1, 2):
+        runs = fit_level([ArrayRows(x)], 30, run, 6, seed_key=(7,), executor=SerialExecutor(), pick="random")
+        expected = fit([SubsetRows(ArrayRows(x), rows)], 30, (7, run), SerialExecutor()).centroids
+        np.testing.assert_array_equal(runs, expected)
+        again = random_rows([ArrayRows(x)], runs, 6, (7, run + 1))
+        assert not np.array_equal(again, rows)  # every run draws anew
+        rows = again
+
+
+def test_what_is_drawn_depends_on_positions_alone():
+    x = np.random.default_rng(0).normal(size=(9000, 2)).astype("f4")
+    whole = random_rows([ArrayRows(x)], x[:40], 50, (1, 0, 3))
+    for cuts in ([0, 1, 1, 5000], [4096], [8999, 9000]):
+        parts = [ArrayRows(piece) for piece in np.split(x, cuts)]
+        np.testing.assert_array_equal(random_rows(parts, x[:40], 50, (1, 0, 3)), whole)
+    assert len(np.intersect1d(random_rows([ArrayRows(x)], x[:40], 50, (1, 0, 4)), whole)) < len(whole) / 2
+
+
+def test_every_row_of_a_cluster_is_drawn_as_often():
+    x = np.repeat(np.eye(3, dtype="f4"), [10, 40, 3], axis=0)
+    counts = np.zeros(53)
+    for seed in range(2000):
+        counts[random_rows([ArrayRows(x)], np.eye(3, dtype="f4"), 4, (seed, 1))] += 1
+    expected = 2000 * np.repeat([4 / 10, 4 / 40, 1], [10, 40, 3])
+    spread = np.sqrt(expected * (1 - expected / 2000))
+    assert (abs(counts - expected) <= 4.5 * spread).all() and (counts[-3:] == 2000).all()
+    drawn = np.array([np.isin([0, 1], random_rows([ArrayRows(x)], np.eye(3), 4, (seed, 2))) for seed in range(2000)])
+    assert abs(drawn.all(axis=1).mean() - 4 / 10 * 3 / 9) < 0.04  # two neighbours together, as without replacement
+
+
+def test_random_resampling_flattens_too():
+    """Equally many rows of each cluster, from a density that centroids have flattened already."""
+    x = two_squares(np.random.default_rng(2), 16_000, 1000)
+    kwargs = {"n_resamples": 6, "resample_size": 8, "n_iter": 15}
+    closest, any_row = (
+        ratio(hierarchical_kmeans(x, [500], np.random.default_rng(0), resample=how, **kwargs).levels[0].centroids)
+        for how in ("closest", "random")
+    )
+    assert closest < 2.2 and any_row < 2.2
+
+
 def brute_closest(labels, sq_distance, n_clusters, size):
     order = np.lexsort((np.arange(len(labels)), sq_distance))
     return np.sort(np.concatenate([order[labels[order] == c][:size] for c in range(n_clusters)]))
@@ -148,6 +215,80 @@ def test_parts_give_what_one_array_gives(n_parts):
     parts = [ArrayRows(piece) for piece in np.split(x, cuts)]
     streamed = fit_level(parts, 25, 3, 20, seed_key=(1, 0), executor=SerialExecutor())
     np.testing.assert_allclose(streamed, whole, atol=1e-5)
+
+
+def converged(x, n_clusters, **kwargs):
+    """Without resampling, until nothing moves."""
+    return hierarchical_kmeans(x, n_clusters, np.random.default_rng(0), n_resamples=0, n_iter=500, tol=0, **kwargs)
+
+
+def means(x, labels, n_clusters):
+    """float64 mean of the rows of each cluster, NaN of none."""
+    sums = np.zeros((n_clusters, x.shape[1]))
+    np.add.at(sums, labels, x.astype("f8"))
+    with np.errstate(invalid="ignore"):
+        return sums / np.bincount(labels, minlength=n_clusters)[:, None]
+
+
+def test_with_weights_a_centroid_is_the_mean_of_all_rows_below_it():
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(60, 5))[rng.integers(60, size=3000) ** 2 % 60] + 0.4 * rng.normal(size=(3000, 5))).astype(
+        "f4"
+    )
+    sized, equal = (converged(x, [80, 15, 4], weights=weights) for weights in ("size", "equal"))
+    np.testing.assert_array_equal(sized.levels[0].centroids, equal.levels[0].centroids)
+    labels = np.arange(len(x))
+    for t, level in enumerate(sized.levels):
+        labels = level.labels[labels]
+        np.testing.assert_allclose(level.centroids, means(x, labels, len(level.centroids)), atol=2e-6)
+        below = equal.levels[t - 1].centroids if t else x
+        other = means(below, equal.levels[t].labels, len(level.centroids))
+        np.testing.assert_allclose(equal.levels[t].centroids, other, atol=2e-6)
+
+
+def test_clusters_without_rows_move_nothing_and_have_a_label():
+    x = np.repeat(np.array([[0, 0], [1, 0], [9, 9]], "f4"), [50, 10, 20], axis=0)
+    levels = converged(x, [12, 2], weights="size").levels
+    assert len(np.unique(levels[0].labels)) == 3 and levels[1].labels.shape == (12,)
+    top = levels[1].centroids[np.argsort(levels[1].centroids[:, 0])]
+    np.testing.assert_allclose(top, [[10 / 60, 0], [9, 9]], atol=1e-6)
+
+
+def test_rows_below_are_summed_up_the_levels():
+    labels = [np.array([0, 2, 2, 5]), np.array([1, 0, 0, 0, 1, 1]), np.array([0, 0])]
+    counts, expected = None, ([1, 0, 2, 0, 0, 1], [2, 2], [4])
+    for level, sizes in zip(labels, expected, strict=True):
+        counts = rows_below(level, len(sizes), counts)
+        assert counts.dtype == np.int64 and counts.tolist() == sizes
+
+
+def test_chosen_rows_have_their_weights():
+    x = np.repeat(np.eye(3, dtype="f4"), 5, axis=0)
+    parts = weighted([ArrayRows(x[:7]), ArrayRows(x[7:])], Here(np.arange(15)))
+    for key, rows in ((None, [0, 1, 5, 6, 10, 11]), ((4,), random_rows(parts, np.eye(3, dtype="f4"), 2, (4,)))):
+        chosen = resample([Member(part) for part in parts], Step(np.eye(3, dtype="f4")), 2, SerialExecutor(), key)
+        np.testing.assert_array_equal(np.concatenate([weights_of(part) for part in chosen]), rows)
+    plain = resample([Member(ArrayRows(x))], Step(np.eye(3, dtype="f4")), 2, SerialExecutor())
+    assert weights_of(plain[0]) is None
+
+
+def test_a_cosine_hierarchy_is_one_of_directions():
+    x = np.random.default_rng(1).normal(size=(1500, 6)) * np.random.default_rng(2).lognormal(0, 2, (1500, 1))
+    found = {w: converged(x, [60, 12, 3], metric="cosine", weights=w) for w in ("equal", "size")}
+    unit = unit_rows(x.astype("f4"))
+    for weights, hierarchy in found.items():
+        points, labels = unit, np.arange(len(x))
+        for level in hierarchy.levels:
+            np.testing.assert_allclose(np.linalg.norm(level.centroids, axis=1), 1, atol=1e-6)
+            nearest, sq_distance = nearest_centroid(points, level.centroids)
+            np.testing.assert_array_equal(level.labels, nearest)
+            np.testing.assert_array_equal(level.sq_distance, sq_distance)
+            if weights == "equal":
+                direction = means(points, level.labels, len(level.centroids))
+                direction /= np.linalg.norm(direction, axis=1)[:, None]
+                np.testing.assert_allclose(level.centroids, direction, atol=1e-6)
+            points, labels = level.centroids, level.labels[labels]
+    assert not np.array_equal(found["equal"].levels[1].centroids, found["size"].levels[1].centroids)
 
 
 def test_seeds_repeat_and_differ():
@@ -252,6 +393,18 @@ def test_the_driver_holds_parts_and_centroids_never_rows(tmp_path):
     np.testing.assert_array_equal(fitted, serial)
 
 
+def test_nor_does_it_hold_weights_or_what_was_drawn(tmp_path):
+    n_rows, k, width = 20_000, 10, 4
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(n_rows, width)).astype("f4"))
+    recording, weights = RecordingExecutor(), np.random.default_rng(1).integers(0, 9, n_rows)
+    how = {"seed_key": (3,), "how": Lloyd(n_iter=5, metric="euclidean"), "pick": "random"}
+    parts = [FileRows(str(tmp_path / "x.npy"), n_rows)]
+    fitted = fit_level(weighted(parts, recording.put(weights)), k, 2, None, executor=recording, **how)
+    assert max(recording.seen) < 2100 + 16 * k * width
+    serial = fit_level(weighted(parts, Here(weights)), k, 2, None, executor=SerialExecutor(), **how)
+    np.testing.assert_array_equal(fitted, serial)
+
+
 def test_chosen_rows_are_a_sequence_of_parts():
     chosen = Chosen(np.array([0, 4, 5, 9]), np.array([0, 3, 3, 5, 10]))
     assert [rows.tolist() for rows in chosen] == [[0], [], [1], [0, 4]]
@@ -268,6 +421,11 @@ def test_groups_match_a_stable_sort(seed, dtype):
     np.testing.assert_array_equal(groups.rows, np.argsort(labels, kind="stable"))
     np.testing.assert_array_equal(np.diff(groups.offsets), np.bincount(labels, minlength=n_groups))
     assert groups.offsets[0] == 0
+
+
+def test_runs_are_one_number_or_one_a_level():
+    assert ClusterConfig(n_clusters=(9, 3), n_resamples=4).runs == (4, 4)
+    assert ClusterConfig(n_clusters=(9, 3), n_resamples=(2, 0)).runs == (2, 0)
 
 
 def test_groups_of_equal_size_and_of_none():
@@ -316,6 +474,42 @@ def test_a_hierarchy_from_labels():
         (lambda: ClusterConfig(n_clusters=(10,), n_resamples=-1), "cluster.n_resamples must be at least 0: got -1"),
         (lambda: ClusterConfig(n_clusters=(10,), n_iter=0), "cluster.n_iter must be at least 1: got 0"),
         (lambda: ClusterConfig(n_clusters=(10,), seed=-3), "cluster.seed must be at least 0: got -3"),
+        (
+            lambda: ClusterConfig(n_clusters=(10, 5), n_resamples=(3, -1)),
+            r"cluster.n_resamples must be at least 0: got \(3, -1\)",
+        ),
+        (
+            lambda: ClusterConfig(n_clusters=(10, 5), n_resamples=(3,)),
+            r"cluster.n_resamples must be one number or one a level: got \(3,\) for \(10, 5\)",
+        ),
+        (
+            lambda: ClusterConfig(n_clusters=(10,), resample="far"),
+            "cluster.resample must be one of closest, random: got 'far'",
+        ),
+        (
+            lambda: ClusterConfig(n_clusters=(10,), weights="log"),
+            "cluster.weights must be one of equal, size: got 'log'",
+        ),
+        (
+            lambda: ClusterConfig(n_clusters=(10,), metric="l1"),
+            "cluster.metric must be one of euclidean, cosine: got 'l1'",
+        ),
+        (
+            lambda: hierarchical_kmeans(np.ones((9, 2)), [3], np.random.default_rng(0), resample="far"),
+            "^resample must be one of closest, random: got 'far'",
+        ),
+        (
+            lambda: hierarchical_kmeans(np.ones((9, 2)), [3], np.random.default_rng(0), weights="log"),
+            "^weights must be one of equal, size: got 'log'",
+        ),
+        (
+            lambda: hierarchical_kmeans(np.ones((9, 2)), [3], np.random.default_rng(0), metric="l1"),
+            "^metric must be one of euclidean, cosine: got 'l1'",
+        ),
+        (
+            lambda: hierarchical_kmeans(np.eye(9)[:, :5], [3], np.random.default_rng(0), metric="cosine"),
+            "rows must not be zeros for the cosine: 4 of 9 are, the first is row 5",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(call, words):

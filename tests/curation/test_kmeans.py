@@ -5,7 +5,7 @@ import pytest
 from sklearn.cluster import KMeans as SklearnKMeans
 
 from curation import kmeans as module
-from curation.execute import SerialExecutor
+from curation.execute import Here, SerialExecutor
 from curation.kmeans import (
     BLOCK_ROWS,
     ArrayRows,
@@ -18,14 +18,18 @@ from curation.kmeans import (
     SubsetRows,
     Sums,
     assign_part,
+    draw_rows,
     fit,
     full_blocks,
     kmeans,
     lloyd_step,
-    part_sums,
+    sums_of_parts,
     refine,
     sample_counts,
     seeds_of_sample,
+    unit_rows,
+    weighted,
+    weights_of,
 )
 from curation.nearest import nearest_centroid
 
@@ -48,6 +52,31 @@ def test_inertia_is_that_of_scikit_learn(shape):
     theirs = [SklearnKMeans(k, n_init=1, max_iter=300, tol=0, random_state=seed).fit(x).inertia_ for seed in range(4)]
     assert np.mean(ours) <= 1.01 * np.mean(theirs)
     assert np.mean(theirs) <= 1.05 * np.mean(ours)  # nor far better: that would be another objective
+
+
+def noise(rng):
+    return rng.normal(size=(3000, 32))
+
+
+def groups(rng):
+    """Far apart."""
+    return 4 * rng.normal(size=(20, 32))[rng.integers(20, size=3000)] + 0.5 * rng.normal(size=(3000, 32))
+
+
+def heavy_tail(rng):
+    """Groups of very different sizes and spreads."""
+    share = rng.pareto(1, 200) + 0.01
+    of = rng.choice(200, 3000, p=share / share.sum())
+    return rng.normal(size=(200, 32))[of] + rng.lognormal(0, 0.5, 200)[of, None] * rng.normal(size=(3000, 32))
+
+
+@pytest.mark.parametrize("make", [noise, groups, heavy_tail])
+def test_ten_seeds_end_as_well_as_those_of_scikit_learn(make):
+    """With the defaults of both: ours stops at a tolerance sooner."""
+    x = make(np.random.default_rng(0)).astype("f4")
+    ours = [kmeans(x, 60, np.random.default_rng(seed)).sq_distance.sum(dtype="f8") for seed in range(10)]
+    theirs = [SklearnKMeans(60, init="k-means++", n_init=1, random_state=seed).fit(x).inertia_ for seed in range(10)]
+    assert np.mean(ours) <= 1.005 * np.mean(theirs)
 
 
 def test_lloyd_from_the_same_start_matches_scikit_learn():
@@ -148,7 +177,7 @@ def test_a_bounded_seeding_sample_costs_no_quality(n_parts, monkeypatch):
 
 def test_sums_are_those_of_the_labels():
     x, c = blobs(8), blobs(9)[:40]
-    total = Sums.merge(*(part_sums(Member(part), Step(c)) for part in cut(x, [1500])))
+    total = Sums.merge(*(sums_of_parts([Member(part)], Step(c)) for part in cut(x, [1500])))
     labels = nearest_centroid(x, c)[0]
     np.testing.assert_allclose(total.objective, nearest_centroid(x, c)[1].sum(dtype="f8"))
     np.testing.assert_array_equal(total.sizes, np.bincount(labels, minlength=40))
@@ -209,15 +238,16 @@ def test_ragged_pieces_become_full_blocks():
     "x, k, words",
     [
         (np.zeros((0, 3), "f4"), 2, "at least one cluster and one row: got 2 clusters of 0 rows"),
-        (np.zeros((4, 3), "f4"), 0, "got 0 clusters of 4 rows"),
+        (np.ones((4, 3), "f4"), 0, "got 0 clusters of 4 rows"),
         (np.zeros(4, "f4"), 2, r"rows must be a float array \(n, d\): got float32 \(4,\)"),
         (np.zeros((4, 3), int), 2, "got int64"),
         (np.array([[0.0], [np.nan], [np.inf]]), 2, "rows must be finite: 2 of 3 are not, the first is row 1"),
+        (np.array([[2.0], [0], [1], [0]]), 2, "rows must not be zeros for the cosine: 2 of 4 are, the first is row 1"),
     ],
 )
 def test_what_cannot_be_clustered_is_named(x, k, words):
     with pytest.raises(ValueError, match=words):
-        kmeans(x, k, np.random.default_rng(0))
+        kmeans(x, k, np.random.default_rng(0), metric="cosine")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -272,8 +302,160 @@ def test_equal_rows_are_split_to_no_end():
 
 @pytest.mark.parametrize(
     "setting, words",
-    [({"tol": -1}, r"tol must be in \[0, 1\): got -1"), ({"empty": "drop"}, "one of keep, split: got 'drop'")],
+    [
+        ({"tol": -1}, r"tol must be in \[0, 1\): got -1"),
+        ({"empty": "drop"}, "one of keep, split: got 'drop'"),
+        ({"metric": "l1"}, "metric must be one of euclidean, cosine: got 'l1'"),
+    ],
 )
 def test_settings_that_cannot_be_are_named(setting, words):
     with pytest.raises(ValueError, match=words):
         Lloyd(**setting)
+
+
+def spherical_lloyd(x, centroids, n_iter):
+    """Plain, in float64."""
+    for _ in range(n_iter):
+        labels = (x @ centroids.T).argmax(axis=1)
+        for c in range(len(centroids)):
+            total = x[labels == c].sum(axis=0)
+            if np.linalg.norm(total) > 1e-9:
+                centroids[c] = total / np.linalg.norm(total)
+    return centroids, (x @ centroids.T).argmax(axis=1)
+
+
+def unit_blobs(seed, **shape):
+    return unit_rows(blobs(seed, **shape))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_spherical_kmeans_matches_plain_numpy(seed):
+    x = unit_blobs(seed, n=1500, spread=1)
+    start = np.concatenate([x[:38], -x[:2]])
+    expected, labels = spherical_lloyd(x.astype("f8"), start.astype("f8"), 9)
+    parts = cut(x, [400, 401])
+    state = refine(parts, State(start), SerialExecutor(), Lloyd(n_iter=9, tol=0, metric="cosine"), HeldTrail())
+    np.testing.assert_allclose(state.centroids, expected, atol=1e-6)
+    np.testing.assert_array_equal(np.concatenate([assign_part(p, state.centroids)[0] for p in parts]), labels)
+
+
+@pytest.mark.parametrize("empty", ["keep", "split"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_spherical_objective_never_rises(seed, empty):
+    x = unit_blobs(seed, spread=1)
+    how, members = Lloyd(tol=0, metric="cosine", empty=empty), [Member(ArrayRows(x), HeldTrail().memory(0))]
+    state, objectives = State(x[:60].copy()), []
+    while not state.done:
+        state = lloyd_step(members, state, SerialExecutor(), how)
+        objectives.append(state.objective)
+        np.testing.assert_allclose(np.linalg.norm(state.centroids.astype("f8"), axis=1), 1, atol=1e-6)
+    assert len(objectives) > 10 and (np.diff(objectives) <= 1e-7 * objectives[0]).all()
+    assert objectives[-1] < 0.95 * objectives[0]
+    cosine = 1 - state.objective / len(x) / 2  # the mean over rows
+    np.testing.assert_allclose(cosine, (x.astype("f8") @ state.before.astype("f8").T).max(axis=1).mean(), rtol=1e-6)
+
+
+def test_a_mean_of_zero_leaves_a_direction_as_it_was():
+    start = np.array([[1, 0]], "f4")
+    x = np.array([[1, 0], [1e-20, 1], [-1, 0], [-1e-20, -1]], "f4")  # the sum rounds to -1e-20, 0
+    for rows in (x, x[[0, 2]], x[[1, 3]]):
+        state = lloyd_step([Member(ArrayRows(rows))], State(start), SerialExecutor(), Lloyd(metric="cosine"))
+        np.testing.assert_array_equal(state.centroids, start)
+
+
+def test_halves_of_a_direction_are_unit_and_leave_none_empty():
+    x = unit_blobs(1)
+    start = State(np.concatenate([x[:30], x[:30], -x[:1]]))
+    how = Lloyd(n_iter=30, tol=0, empty="split", metric="cosine")
+    first = lloyd_step([Member(ArrayRows(x))], start, SerialExecutor(), how).centroids
+    np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-6)
+    state = refine([ArrayRows(x)], start, SerialExecutor(), how)
+    assert len(np.unique(assign_part(ArrayRows(x), state.centroids)[0])) == 61
+
+
+def test_spherical_kmeans_sees_no_lengths():
+    x = blobs(4)
+    scaled = x * np.random.default_rng(0).lognormal(0, 2, (len(x), 1)).astype("f4")
+    ours, same = (kmeans(rows, 20, np.random.default_rng(0), metric="cosine") for rows in (x, scaled))
+    np.testing.assert_allclose(ours.centroids, same.centroids, atol=1e-5)
+    np.testing.assert_allclose(ours.sq_distance, 2 - 2 * (unit_rows(x) @ ours.centroids.T).max(axis=1), atol=1e-5)
+    tiny = unit_rows(np.array([[1e-40, 0], [3e30, 4e30]], "f4"))
+    np.testing.assert_allclose(tiny, [[1, 0], [0.6, 0.8]], rtol=1e-6)
+
+
+def with_weights(parts, weights):
+    return weighted(parts, Here(weights))
+
+
+@pytest.mark.parametrize("empty", ["keep", "split"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_weights_are_repeated_rows(metric, empty):
+    rng = np.random.default_rng(0)
+    x = unit_blobs(0, n=1200, spread=1)
+    weights = rng.integers(0, 6, len(x)) * rng.integers(0, 3, len(x))
+    repeated, start = np.repeat(x, weights, axis=0), State(np.concatenate([x[:40], x[:3]]))
+    how = Lloyd(n_iter=12, tol=0, metric=metric, empty=empty)
+    expected = refine([ArrayRows(repeated)], start, SerialExecutor(), how)
+    parts = with_weights(cut(x, [0, 300, 1000]), weights)
+    found = refine(parts, start, SerialExecutor(), how, HeldTrail())
+    np.testing.assert_allclose(found.centroids, expected.centroids, atol=1e-6)
+    np.testing.assert_allclose(found.objective, expected.objective, rtol=1e-9)
+    assert found.n_done == expected.n_done
+    labels = np.concatenate([assign_part(part, found.centroids)[0] for part in parts])
+    again = assign_part(ArrayRows(repeated), expected.centroids)[0]
+    np.testing.assert_array_equal(np.repeat(labels, weights), again)
+    assert len(labels) == len(x)  # those without weight too
+
+
+def test_the_tolerance_sees_weights():
+    """A few heavy rows decide when it ends."""
+    x = blobs(0)
+    weights = np.where(np.arange(len(x)) < 100, 10_000, 1)
+    start, how = State(x[:60].copy()), Lloyd(n_iter=300, tol=1e-3)
+    heavy, repeated = (
+        refine(parts, start, SerialExecutor(), how)
+        for parts in (with_weights([ArrayRows(x)], weights), [ArrayRows(np.repeat(x, weights, axis=0))])
+    )
+    assert heavy.n_done == repeated.n_done
+    np.testing.assert_allclose(heavy.centroids, repeated.centroids, atol=1e-5)
+
+
+def test_rows_without_weight_move_nothing():
+    x = np.array([[0], [1], [9], [5]], "f4")
+    state = State(np.array([[0], [9]], "f4"))
+    parts = with_weights([ArrayRows(x)], np.array([1, 3, 0, 0]))
+    moved = lloyd_step([Member(part) for part in parts], state, SerialExecutor(), Lloyd())
+    np.testing.assert_array_equal(moved.centroids, [[0.75], [9]])
+    assert moved.objective == 3 and assign_part(parts[0], moved.centroids)[0].tolist() == [0, 0, 1, 1]
+
+
+def test_weights_travel_with_their_rows():
+    weights = np.random.default_rng(0).integers(0, 2**40, 9000)
+    x = weights[:, None].astype("f4")
+    parts = with_weights(cut(x, [0, 5000]), weights)
+    np.testing.assert_array_equal(np.concatenate([weights_of(part) for part in parts]), weights)
+    rows = np.arange(3, 4000, 7)
+    picked = pickle.loads(pickle.dumps(SubsetRows(SubsetRows(parts[2], np.arange(4000)), rows)))
+    np.testing.assert_array_equal(weights_of(picked), weights[5000 + rows])
+    assert weights_of(ArrayRows(x)) is None and weights_of(SubsetRows(ArrayRows(x), rows)) is None
+    [drawn] = draw_rows(Draw(parts[1], 700, (3,)))
+    np.testing.assert_array_equal(np.concatenate(drawn.blocks)[:, 0], drawn.weights.astype("f4"))
+
+
+def test_first_centroids_have_weight():
+    x = np.arange(1000, dtype="f4")[:, None]
+    parts = with_weights(cut(x, [200, 500]), np.where(x[:, 0] % 100 == 99, 1, 0))
+    for seed in range(20):
+        start = module.seed_centroids(parts, 60, (seed,), SerialExecutor())[:, 0]
+        heavy = start % 100 == 99
+        assert len(np.unique(start[heavy])) == 10
+        assert len(np.unique(start[~heavy])) <= 1  # stands in when no row of weight is left
+
+
+def test_a_sample_of_rows_keeps_their_weights(monkeypatch):
+    monkeypatch.setattr(module, "MIN_SEED_ROWS", 500)
+    x = np.arange(4000, dtype="f4")[:, None]
+    parts = with_weights(cut(x, [200, 2500]), np.where(x[:, 0] < 3000, 0, 5))
+    for seed in range(20):
+        start = module.seed_centroids(parts, 10, (seed,), SerialExecutor())[:, 0]
+        assert (start >= 3000).all() and len(np.unique(start)) == 10

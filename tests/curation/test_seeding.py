@@ -103,3 +103,46 @@ def test_shares_follow_weights(seed):
     exact = weights / weights.sum() * 1000
     assert shares.sum() == 1000 and (abs(shares - exact) < 1 + 1e-9).all() and not shares[weights == 0].any()
     assert not draw_shares(np.zeros(3), 7, rng).any()
+
+
+@pytest.mark.parametrize("cells_from", [3, 1000])
+def test_weighted_seeds_are_those_of_repeated_rows(cells_from, monkeypatch):
+    """Of a few rows, one beside the other: how often each is chosen, of 4000 times."""
+    monkeypatch.setattr(module, "CELLS_FROM", cells_from)
+    monkeypatch.setattr(module, "MIN_CELLS", 1)
+    x, weights = np.array([[0], [1], [3], [7], [20]], "f4"), np.array([9, 1, 4, 0, 1])
+    repeated = np.repeat(np.arange(5), weights)
+    counts = np.zeros((2, 5))
+    for seed in range(4000):
+        rng = np.random.default_rng(seed)
+        counts[0, seed_rows(x, 3, rng, weights)] += 1
+        counts[1, repeated[seed_rows(x[repeated], 3, rng)]] += 1
+    np.testing.assert_allclose(counts[0], counts[1], atol=4 * (2 * 4000 / 4) ** 0.5)
+    assert counts[0, 3] == 0 and counts[0].sum() == 3 * 4000
+
+
+@pytest.mark.parametrize("k", [50, 300])
+def test_weighted_seeds_cost_no_inertia(k):
+    """Of a k-means of weighted rows, beside that from seeds of the rows repeated."""
+    x, rng = mixture(1), np.random.default_rng(0)
+    weights = 1 + (rng.pareto(1, len(x)) * (rng.random(len(x)) < 0.3)).astype(int).clip(0, 50)
+    repeated = np.repeat(x, weights, axis=0)
+
+    def inertia(start):
+        return SklearnKMeans(k, init=start, n_init=1, max_iter=60, tol=0).fit(x, sample_weight=weights).inertia_
+
+    ours = [inertia(x[seed_rows(x, k, np.random.default_rng(seed), weights)]) for seed in range(8)]
+    theirs = [inertia(repeated[seed_rows(repeated, k, np.random.default_rng(seed))]) for seed in range(8)]
+    blind = [inertia(x[seed_rows(x, k, np.random.default_rng(seed))]) for seed in range(8)]
+    assert np.mean(ours) <= np.mean(theirs) + 2 * (np.std(ours) + np.std(theirs)) / np.sqrt(8)
+    assert np.mean(ours) < np.mean(blind)
+
+
+def test_cells_share_by_weight():
+    """A tight group of heavy rows beside a wide one of light rows."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([0.1 * rng.normal(size=(500, 4)), 100 + rng.normal(size=(500, 4))]).astype("f4")
+    for weights, n_heavy in ((None, 0), (np.repeat([10_000, 1], 500), 20), (np.repeat([100, 1], 500), 10)):
+        cells = module.Cells(x, np.array([0, 500]), weights)
+        new = cells.order[cells.choose(20, 5, np.random.default_rng(0))]
+        assert abs((new < 500).sum() - n_heavy) <= 2

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 
 from curation import kmeans
-from curation.hierarchy import ClusterConfig
-from curation.kmeans import State
+from curation.embeddings import embedding_parts, read_embeddings
+from curation.execute import Here, SerialExecutor
+from curation.hierarchy import ClusterConfig, fit_level, rows_below
+from curation.kmeans import ArrayRows, State, assign_part, weighted
 from curation.nearest import Bounds
 from curation.store import Location
 from pipelines.executor import LocalExecutor
 from pipelines.stage import Output
-from pipelines.stages.cluster import FileLevel, FileMemory, FileTrail, run
+from pipelines.stages.cluster import run
+from pipelines.stages.trails import FileLevel, FileMemory, FileTrail
 
 CONFIG = ClusterConfig(n_clusters=(40, 6), n_resamples=2, resample_size=(3, 3), tol=0, n_iter=8)
 
@@ -93,3 +96,26 @@ def test_a_state_comes_back_bit_by_bit(tmp_path):
         found = trail.load()
         np.testing.assert_array_equal(found.centroids, c)
         assert (found.before is None) == (state.before is None) and found[2:] == state[2:]
+
+
+def test_the_stage_is_the_kernel_with_every_option(tiny, tmp_path):
+    """Level by level on arrays with the rows of every part; another number of runs a level."""
+    config = ClusterConfig(
+        n_clusters=(40, 6, 2), n_resamples=(2, 0, 1), resample_size=(3, 3, 2), resample="random", weights="size",
+        metric="cosine", n_iter=8, seed=5,
+    )  # fmt: skip
+    embeddings = tiny.artifact("web_vec")
+    out = Output(Location(str(tmp_path)), LocalExecutor())
+    run(config, {"embeddings": embeddings}, out, LocalExecutor())
+    parts, counts = [ArrayRows(part.read()[1]) for part in embedding_parts(embeddings) if part.n_rows], None
+    n_rows = sum(part.n_rows for part in parts)
+    for t, k in enumerate(config.n_clusters):
+        rows = parts if counts is None else weighted(parts, Here(counts))
+        how = {"seed_key": (5, t), "executor": SerialExecutor(), "how": config.lloyd, "pick": "random"}
+        expected = fit_level(rows, k, config.runs[t], config.sizes[t], **how)
+        found = read_embeddings(Location(str(tmp_path / f"centroids-{t}-0000000.parquet")))[1]
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+        counts = rows_below(np.concatenate([assign_part(part, found)[0] for part in parts]), k, counts)
+        assert counts.sum() == n_rows
+        parts = [ArrayRows(found)]

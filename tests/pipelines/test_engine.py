@@ -39,8 +39,8 @@ def test_a_changed_threshold_redoes_that_step_and_those_below_it(tiny, tmp_path)
     root = tmp_path / "root"
     shutil.copytree(tiny.root, root)
     found = states(changed(tiny.recipe, "near", min_similarity=0.98), root)
-    below = {"near", "unique", "clean", "web_vec", "tree", "near_seeds", "near_clusters", "new_tree", "balanced",
-             "shards", "mixed", "mixed_shards", "page"}  # fmt: skip
+    below = {"near", "unique", "clean", "web_vec", "tree", "split_tree", "near_seeds", "near_clusters", "new_tree",
+             "balanced", "shards", "mixed", "mixed_shards", "page"}  # fmt: skip
     assert {name for name, state in found.items() if state == "done"} == below
 
 
@@ -135,8 +135,8 @@ def test_what_a_change_makes_obsolete_is_not_noted(tiny, tmp_path):
     shutil.copytree(tiny.root, root)
     names = [step.name for step in tiny.recipe.steps]
     near = changed(tiny.recipe, "near", min_similarity=0.98)
-    below = {"near", "unique", "clean", "web_vec", "tree", "near_seeds", "near_clusters", "new_tree", "balanced",
-             "shards", "mixed", "mixed_shards", "page"}  # fmt: skip
+    below = {"near", "unique", "clean", "web_vec", "tree", "split_tree", "near_seeds", "near_clusters", "new_tree",
+             "balanced", "shards", "mixed", "mixed_shards", "page"}  # fmt: skip
     states(near, root, "usable")
     assert noted_done(root) == [name for name in names if name not in below]
     states(near, root, "near")

@@ -17,7 +17,7 @@ from curation.store import Location
 from pipelines.engine import run_recipe
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
-from pipelines.stages import hops, join
+from pipelines.stages import cluster, hops, join, split
 from pipelines.stages.table import STAGES
 
 pytestmark = pytest.mark.timeout(900)  # the fixture runs every step at both sizes, each in a process of its own
@@ -64,6 +64,8 @@ def recipe(folder: Path) -> dict[str, Any]:
                                "mode": "component", "min_similarity": 0.07, "max_drop_fraction": 1.0},
             "tree": {"stage": "cluster", "embeddings": "web_vec", "n_clusters": [16, 4], "n_resamples": 1,
                      "resample_size": [4, 2], "n_iter": 3},
+            "split_tree": {"stage": "cluster", "embeddings": "web_vec", "n_clusters": [64, 4], "n_splits": [8, 1],
+                           "n_resamples": 0, "n_iter": 3},
             "new_tree": {"stage": "assign", "embeddings": "web_vec", "hierarchy": "tree"},
             "near_seeds": {"stage": "retrieve", "mode": "sample", "embeddings": "web_vec", "selection": "usable",
                            "seeds": ["exam_vec"], "n_neighbors": 40, "max_rows": 300, "target": 200},
@@ -89,6 +91,8 @@ def peak_of(tree: dict[str, Any], root: str, step: str, told: Any) -> None:
     """In a fresh process: run one step, tell the peak of the resident memory and what it was before, in MB."""
     kmeans.MIN_SEED_ROWS = 512  # k-means seeds on a sample of bounded size: here both pools are above it
     cells.GROUP_ROWS, cells.SLICE_ROWS, join.RUN_PAIRS = 512, 256, 512  # so are the pieces of a join
+    split.PIECE_BYTES = 1 << 18  # and those of first clusters, or their parts
+    cluster.AGREEMENT_ROWS = 16  # of 16 parts at most
     hops.FRONTIER_ROWS, decontaminate.FOLD_PAIRS = 64, 1024  # a hop is searched and joined in pieces of bounded size
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what is freed, by chance more or less of it,
     pa.set_cpu_count(1)  # and so does the heap of each of its threads

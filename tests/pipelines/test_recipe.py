@@ -68,6 +68,10 @@ def test_mistakes_are_one_sentence_with_a_hint():
     refused(tree(web={**POOL, "min_sides": 3}), "web has no key 'min_sides'", "did you mean min_side?")
     refused(tree(web={**POOL, "min_side": "big"}), "web.min_side must be a valid integer: got 'big'")
     refused(tree(web={**POOL, "min_side": 2.5}), "web.min_side must be a valid integer: got 2.5")
+    for bad, words in (("x", "levels.n_resamples must be a valid integer: got 'x'"),
+                       ([1, "x"], "levels.n_resamples.1 must be a valid integer: got 'x'")):  # fmt: skip
+        levels = {"stage": "cluster", "embeddings": "vec", "n_clusters": [9, 3], "n_resamples": bad}
+        refused(tree(web=POOL, vec=embed, levels=levels), words)
     refused(tree(web={**POOL, "min_side": 0}), "pool.min_side must be at least 1: got 0")
     refused(tree(web={"stage": "pool"}), "web must have source: got none")
     refused(tree(web={"stage": "pol"}), "known stage: got 'pol'", "did you mean pool?")

@@ -128,6 +128,8 @@ def recipe(folder: Path, part_rows: int = 16) -> dict[str, Any]:
             "web_vec": {"stage": "embed", "pool": "web", "selection": "clean", "backbone": "first"},
             "tree": {"stage": "cluster", "embeddings": "web_vec", "n_clusters": [20, 5], "n_resamples": 2,
                      "resample_size": [3, 2]},
+            "split_tree": {"stage": "cluster", "embeddings": "web_vec", "n_clusters": [20, 5], "n_splits": [4, 1],
+                           "n_resamples": 2, "resample": "random", "weights": "size", "metric": "cosine"},
             "near_seeds": {
                 "stage": "retrieve", "mode": "sample", "embeddings": "web_copy", "selection": "unique",
                 "seeds": ["exam_copy", "both_copy"], "n_neighbors": 3, "max_rows": 70, "target": 60,
@@ -178,4 +180,6 @@ STEP_OF_STAGE = {
 }  # fmt: skip
 
 # Steps that show the contract on what a stage does in another mode.
-EXTRA_STEPS = ("clean_components", "clean_searched", "liked", "mixed_shards", "near_cells", "near_clusters")
+EXTRA_STEPS = (
+    "clean_components", "clean_searched", "liked", "mixed_shards", "near_cells", "near_clusters", "split_tree",
+)  # fmt: skip

@@ -1,0 +1,280 @@
+"""A level of ``cluster`` in two steps (``curation.split``): a first k-means, then every cluster of it by itself.
+
+Rows are labelled by the first k-means and sent to its clusters, one shuffle of their vectors. A task takes consecutive
+clusters, as many as PIECE_BYTES hold, and leaves their centroids and the labels of their rows, which go back to the
+parts. A cluster too large for a task is fitted like a pool of its own, on all workers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from curation.coarse import CentroidGroups
+from curation.embeddings import EmbeddingsPart, read_embeddings, row_norms, stored_form
+from curation.execute import Executor, Ref, SerialExecutor, on_worker
+from curation.hierarchy import ClusterConfig, HeldLevel, LevelTrail, fit_level
+from curation.kmeans import (
+    BLOCK_ROWS,
+    ArrayRows,
+    Member,
+    Rows,
+    Step,
+    assign_member,
+    assign_part,
+    fit,
+    step_of,
+    step_shared,
+)
+from curation.shuffle import read_bounds, read_range, read_shuffle, write_shuffle
+from curation.split import cut_pieces, split_shares
+from curation.store import Location
+from pipelines.stage import make_aside
+from pipelines.stages.connect import range_at, raw_name
+from pipelines.stages.trails import FileLevel
+
+PIECE_BYTES = 1 << 28  # of the vectors of a task as float32; it holds them twice and its seeding sample three times
+LABEL = np.dtype([("row", "<i8"), ("label", "<i4"), ("sq_distance", "<f4")])
+FIRST_LABEL = np.dtype([("label", "<i4"), ("sq_distance", "<f4")])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the tasks of a level share."""
+
+    config: ClusterConfig
+    level: int
+    folder: Location  # of scratch
+    starts: np.ndarray  # int64 (n_parts,), position of the first row of each part, empty ones too
+    stored: np.dtype  # of the vectors
+    width: int
+    unit: bool
+
+    @property
+    def n_first(self) -> int:
+        """Clusters of the first k-means, at most."""
+        return -(-self.config.n_clusters[self.level] // self.config.splits[self.level])
+
+    @property
+    def sent(self) -> np.dtype:
+        """A row on its way to its first cluster; ``row`` counts over all parts."""
+        return np.dtype([("row", "<i8"), ("x", self.stored, (self.width,))])
+
+    @property
+    def piece_rows(self) -> int:
+        """Rows that a task may hold."""
+        return max(1, PIECE_BYTES // (4 * self.width))
+
+    def floats(self, x: np.ndarray) -> np.ndarray:
+        """Stored vectors (n, d) as the parts give them, float32."""
+        x = x.astype(np.float32)
+        return x / row_norms(x)[:, None] if self.unit else x
+
+    def fit(self, rows: Sequence[Rows], k: int, cluster: int, executor: Executor, trail: LevelTrail) -> np.ndarray:
+        """Centroids float32 (k, d) of the rows of a first cluster."""
+        return fit_level(
+            rows, k, self.config.runs[self.level], self.config.sizes[self.level],
+            seed_key=(self.config.seed, self.level, 1, cluster),
+            executor=executor, how=self.config.lloyd, trail=trail, pick=self.config.resample,
+        )  # fmt: skip
+
+
+def job_of(config: ClusterConfig, level: int, parts: Sequence[EmbeddingsPart], folder: Location) -> Job:
+    """The job of a level over ``parts``."""
+    stored, width = stored_form(parts[0].location)
+    return Job(config, level, folder, np.array([part.first for part in parts]), stored, width, parts[0].unit)
+
+
+class Plan(NamedTuple):
+    """How the first clusters are split, and which tasks do it."""
+
+    sizes: np.ndarray  # int64 (m,), rows of each first cluster
+    offsets: np.ndarray  # int64 (m + 1,): first centroid of each first cluster among all
+    pieces: np.ndarray  # int64 (p + 1,): first cluster of each piece
+
+    def is_large(self, piece: int, job: Job) -> bool:
+        """If a piece is one cluster of more rows than a task may hold."""
+        first, last = self.pieces[[piece, piece + 1]]
+        return bool(self.sizes[first:last].sum() > job.piece_rows)
+
+
+def split_level(job: Job, parts: Sequence[EmbeddingsPart], executor: Executor) -> Plan:
+    """Leave centroids and labels of a level in scratch. This process holds O(first clusters) and O(parts)."""
+    names = [raw_name(i) for i in range(len(parts))]
+    label_first(job, parts, names, executor)
+    first = [job.folder / "first" / name for name in names]
+    sizes, squares = executor.reduce(partial(count_first, n_first=job.n_first), first, add_counts).get()
+    shares = split_shares(sizes, squares, job.config.n_clusters[job.level])
+    plan = Plan(sizes, np.concatenate([[0], np.cumsum(shares)]), cut_pieces(sizes, job.piece_rows))
+    make_aside(send_rows, list(enumerate(parts)), names, job.folder / "rows", executor, {"job": job})
+    pieces = range(len(plan.pieces) - 1)
+    small = [piece for piece in pieces if not plan.is_large(piece, job)]
+    shared = {"job": job, "plan": plan}
+    make_aside(split_piece, small, [raw_name(p) for p in small], job.folder / "centroids", executor, shared)
+    for piece in pieces:
+        if plan.is_large(piece, job) and not (job.folder / "centroids" / raw_name(piece)).exists():
+            split_large(piece, job, plan, executor)
+    return plan
+
+
+def label_first(job: Job, parts: Sequence[EmbeddingsPart], names: Sequence[str], executor: Executor) -> None:
+    """Leave the first cluster of every row, and its squared distance."""
+    trail = FileLevel(job.folder).run(0)
+    filled = [part for part in parts if part.n_rows]
+    state = fit(filled, job.n_first, (job.config.seed, job.level, 0), executor, job.config.lloyd, trail)
+    memory = {part: trail.memory(i) for i, part in enumerate(filled)}
+    tasks = [(name, Member(part, memory.get(part))) for name, part in zip(names, parts, strict=True)]
+    shared = step_shared(step_of(state), executor)
+    make_aside(partial(write_first, folder=job.folder / "first"), tasks, names, job.folder / "first", executor, shared)
+
+
+def write_first(task: tuple[str, Member], folder: Location, step: Step, groups: CentroidGroups | None = None) -> None:
+    """The first labels of a part."""
+    name, member = task
+    records = np.empty(member.part.n_rows, FIRST_LABEL)
+    records["label"], records["sq_distance"] = assign_member(member, step, groups)
+    (folder / name).write(records.tobytes())
+
+
+def count_first(file: Location, n_first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the rows of a part: how many are in each first cluster, int64 (m,), and their sums of squares, float64."""
+    records = np.frombuffer(file.read(), FIRST_LABEL)
+    squares = np.bincount(records["label"], records["sq_distance"].astype(np.float64), n_first)
+    return np.bincount(records["label"], minlength=n_first), squares
+
+
+def add_counts(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Both together."""
+    return a[0] + b[0], a[1] + b[1]
+
+
+def send_rows(numbered: tuple[int, EmbeddingsPart], job: Job) -> None:
+    """Send the rows of a part to their first clusters."""
+    number, part = numbered
+    labels = np.frombuffer((job.folder / "first" / raw_name(number)).read(), FIRST_LABEL)["label"]
+    records = np.empty(part.n_rows, job.sent)
+    records["row"], records["x"] = np.arange(part.first, part.first + part.n_rows), read_embeddings(part.location)[1]
+    write_shuffle(job.folder / "rows" / raw_name(number), records, labels, job.n_first)
+
+
+def split_piece(piece: int, job: Job, plan: Plan) -> None:
+    """Leave the centroids of a piece, which say that it is done, and before that the labels of its rows."""
+    first, last = plan.pieces[[piece, piece + 1]].tolist()
+    records, clusters = rows_of_clusters(job, first, last)
+    order = np.argsort(clusters, kind="stable")  # in a cluster rows stay in ascending order
+    ends = np.searchsorted(clusters, np.arange(first, last + 1), sorter=order)
+    labels = np.empty(len(records), LABEL)
+    centroids = [np.empty((0, job.width), np.float32)]
+    for cluster in range(first, last):
+        at = order[ends[cluster - first] : ends[cluster - first + 1]]
+        if not len(at):
+            continue
+        rows = ArrayRows(job.floats(records["x"][at]))
+        begin, end = plan.offsets[[cluster, cluster + 1]].tolist()
+        found = job.fit([rows], end - begin, cluster, SerialExecutor(), HeldLevel())
+        near, labels["sq_distance"][at] = assign_part(rows, found)
+        labels["label"][at] = near + begin
+        centroids.append(found)
+    labels["row"] = records["row"]
+    to = range_at(job.starts, labels["row"])
+    write_shuffle(job.folder / "labels" / raw_name(piece), labels, to, len(job.starts))
+    (job.folder / "centroids" / raw_name(piece)).write(np.concatenate(centroids).tobytes())
+
+
+def rows_of_clusters(job: Job, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows sent to first clusters [first, last), part after part, and their clusters int64."""
+    some, clusters = [np.zeros(0, job.sent)], [np.zeros(0, np.int64)]
+    for number in range(len(job.starts)):
+        file = job.folder / "rows" / raw_name(number)
+        head, at = read_bounds(file, first, last)
+        some.append(read_range(file, job.sent, head, int(at[0]), int(at[-1])))
+        clusters.append(np.repeat(np.arange(first, last), np.diff(at)))
+    return np.concatenate(some), np.concatenate(clusters)
+
+
+@dataclass(frozen=True)
+class SentRows:
+    """The rows of one part in one first cluster, as a part of that cluster."""
+
+    job: Ref[Job]
+    number: int  # of the part
+    cluster: int
+    n_rows: int
+
+    def records(self) -> Iterator[np.ndarray]:
+        """``Job.sent`` records, BLOCK_ROWS at a time."""
+        job = self.job.get()
+        file = job.folder / "rows" / raw_name(self.number)
+        head, at = read_bounds(file, self.cluster, self.cluster + 1)
+        begin, end = at.tolist()
+        for start in range(begin, end, BLOCK_ROWS):
+            yield read_range(file, job.sent, head, start, min(start + BLOCK_ROWS, end))
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """As ``Rows``."""
+        return (self.job.get().floats(some["x"]) for some in self.records())
+
+
+def split_large(piece: int, job: Job, plan: Plan, executor: Executor) -> None:
+    """``split_piece`` of one large cluster, by all workers."""
+    cluster = int(plan.pieces[piece])
+    shared = {"job": job, "cluster": cluster}
+    counts = list(executor.map(rows_in_cluster, range(len(job.starts)), shared))
+    held = on_worker(executor, partial(itself, job), {})
+    rows = [SentRows(held, number, cluster, n) for number, n in enumerate(counts) if n]
+    begin, end = plan.offsets[[cluster, cluster + 1]].tolist()
+    found = job.fit(rows, end - begin, cluster, executor, FileLevel(job.folder / f"large-{cluster}"))
+    folder = job.folder / f"labels-{piece:07d}"
+    work = partial(label_large, folder=folder, begin=begin)
+    names = [raw_name(some.number) for some in rows]
+    make_aside(work, rows, names, folder, executor, step_shared(Step(found), executor))
+    (job.folder / "centroids" / raw_name(piece)).write(found.tobytes())
+
+
+def itself(job: Job) -> Job:
+    """The job, where it is asked for."""
+    return job
+
+
+def rows_in_cluster(number: int, job: Job, cluster: int) -> int:
+    """How many rows of a part are in a first cluster."""
+    at = read_bounds(job.folder / "rows" / raw_name(number), cluster, cluster + 1).at
+    return int(at[1] - at[0])
+
+
+def label_large(rows: SentRows, folder: Location, begin: int, step: Step, groups: CentroidGroups | None = None) -> None:
+    """The labels of the rows of one part in a large cluster."""
+    labels = np.empty(rows.n_rows, LABEL)
+    labels["row"] = np.concatenate([some["row"] for some in rows.records()])
+    near, labels["sq_distance"] = assign_member(Member(rows), step, groups)
+    labels["label"] = near + begin
+    (folder / raw_name(rows.number)).write(labels.tobytes())
+
+
+def labels_of_part(number: int, part: EmbeddingsPart, job: Job, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Labels int32 (n,) and squared distances float32 (n,) of the rows of a part."""
+    some = [np.zeros(0, LABEL)]
+    for piece in range(len(plan.pieces) - 1):
+        if not plan.is_large(piece, job):
+            some.append(read_shuffle(job.folder / "labels" / raw_name(piece), LABEL, number))
+            continue
+        file = job.folder / f"labels-{piece:07d}" / raw_name(number)
+        if file.exists():
+            some.append(np.frombuffer(file.read(), LABEL))
+    found = np.concatenate(some)
+    labels, sq_distance = np.empty(part.n_rows, np.int32), np.empty(part.n_rows, np.float32)
+    at = found["row"] - part.first
+    labels[at], sq_distance[at] = found["label"], found["sq_distance"]
+    return labels, sq_distance
+
+
+def read_centroids(begin: int, end: int, job: Job, plan: Plan) -> np.ndarray:
+    """Centroids [begin, end) of the level, float32 (n, d)."""
+    bounds, size, some = plan.offsets[plan.pieces], 4 * job.width, list[bytes]()
+    for piece in np.flatnonzero((bounds[1:] > begin) & (bounds[:-1] < end)).tolist():
+        low, high = max(begin, int(bounds[piece])), min(end, int(bounds[piece + 1]))
+        file = job.folder / "centroids" / raw_name(piece)
+        some.append(file.read((low - int(bounds[piece])) * size, (high - low) * size))
+    return np.frombuffer(b"".join(some), np.float32).reshape(-1, job.width)

@@ -1,0 +1,170 @@
+"""A level of ``cluster`` in two steps, by ``n_splits``."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from curation.artifact import Artifact, finish, part_name, read_table
+from curation.embeddings import embedding_parts, read_embeddings, write_embeddings
+from curation.execute import SerialExecutor
+from curation.hierarchy import ClusterConfig, HeldLevel, fit_level
+from curation.kmeans import ArrayRows, assign_part, fit
+from curation.nearest import nearest_centroid
+from curation.split import split_shares
+from curation.store import Location
+from pipelines.executor import LocalExecutor
+from pipelines.stage import Output
+from pipelines.stages import split as module
+from pipelines.stages.cluster import run
+from pipelines.stages.trails import FileTrail
+
+CONFIG = ClusterConfig(n_clusters=(40, 6), n_splits=(5, 1), n_resamples=2, resample_size=(3, 3), tol=0, n_iter=8)
+
+
+class Stopped(Exception):
+    """What ends a run here."""
+
+
+def cluster(tiny, folder, config=CONFIG) -> Output:
+    """Run the stage."""
+    out = Output(Location(str(folder)), LocalExecutor())
+    run(config, {"embeddings": tiny.artifact("web_vec")}, out, LocalExecutor())
+    return out
+
+
+def digests(folder) -> dict[str, str]:
+    """Every file that the stage leaves, but what is in scratch."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.parquet")}
+
+
+def rows_of(tiny) -> list[np.ndarray]:
+    """The unit rows of every part."""
+    return [part.read()[1] for part in embedding_parts(tiny.artifact("web_vec"))]
+
+
+def labels_of(folder, n_parts) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and squared distances of all rows."""
+    tables = [read_table(Location(str(folder)) / part_name(i)) for i in range(n_parts)]
+    return tuple(np.concatenate([t[name].to_numpy() for t in tables]) for name in ("label", "sq_distance"))
+
+
+def centroids_of(folder, level=0) -> np.ndarray:
+    """All centroids of a level."""
+    paths = sorted(folder.glob(f"centroids-{level}-*.parquet"))
+    return np.concatenate([read_embeddings(Location(str(path)))[1] for path in paths])
+
+
+def test_it_is_a_k_means_in_every_cluster_of_a_first_one(tiny, tmp_path):
+    out = cluster(tiny, tmp_path)
+    parts = rows_of(tiny)
+    x = np.concatenate(parts)
+    state = fit([ArrayRows(part) for part in parts if len(part)], 8, (0, 0, 0), SerialExecutor(), CONFIG.lloyd)
+    first, squares = nearest_centroid(x, state.centroids)
+    shares = split_shares(np.bincount(first, minlength=8), np.bincount(first, squares, 8), 40)
+    assert shares.sum() == 40
+    labels, sq_distance = labels_of(tmp_path, len(parts))
+    expected, offset = [], 0
+    for c, k in enumerate(shares.tolist()):
+        rows = ArrayRows(x[first == c])
+        found = fit_level(
+            [rows], k, 2, 3, seed_key=(0, 0, 1, c), executor=SerialExecutor(), how=CONFIG.lloyd, trail=HeldLevel()
+        )
+        near, distances = assign_part(rows, found)
+        np.testing.assert_array_equal(labels[first == c], near + offset)
+        np.testing.assert_array_equal(sq_distance[first == c], distances)
+        expected.append(found)
+        offset += k
+    np.testing.assert_array_equal(centroids_of(tmp_path), np.concatenate(expected))
+    assert out.facts["n_clusters"] == [40, 6]
+    exact = nearest_centroid(x, centroids_of(tmp_path))[1]
+    assert out.facts["agreement"] == {"0": pytest.approx((sq_distance <= exact).mean())}  # fewer rows than are sampled
+    assert len(centroids_of(tmp_path, 1)) == 6
+
+
+def test_clusters_too_large_for_a_task_are_fitted_by_all_workers(tiny, tmp_path, monkeypatch):
+    cluster(tiny, tmp_path / "small")
+    monkeypatch.setattr(module, "PIECE_BYTES", 1)
+    cluster(tiny, tmp_path / "large")
+    assert list((tmp_path / "large" / "scratch" / "level-0").glob("large-*"))
+    x, n_parts = np.concatenate(rows_of(tiny)), len(rows_of(tiny))
+    files = sorted((tmp_path / "large" / "scratch" / "level-0" / "first").iterdir())
+    records = np.concatenate([np.frombuffer(file.read_bytes(), module.FIRST_LABEL) for file in files])
+    sizes, squares = np.bincount(records["label"]), np.bincount(records["label"], records["sq_distance"])
+    offsets = np.concatenate([[0], np.cumsum(split_shares(sizes, squares, 40))])
+    for name in ("small", "large"):
+        labels, distances = labels_of(tmp_path / name, n_parts)
+        centroids = centroids_of(tmp_path / name)
+        for c in range(8):
+            own = slice(*offsets[[c, c + 1]])
+            near, squared = nearest_centroid(x[records["label"] == c], centroids[own])
+            np.testing.assert_array_equal(labels[records["label"] == c], near + own.start)
+            np.testing.assert_array_equal(distances[records["label"] == c], squared)
+    small, large = (labels_of(tmp_path / name, n_parts)[1].sum() for name in ("small", "large"))
+    assert large == pytest.approx(small, rel=0.1)  # other draws, as in other parts
+
+
+@pytest.mark.parametrize("most", [1 << 28, 1])
+def test_it_goes_on_after_any_stop_with_the_same_bytes(tiny, tmp_path, monkeypatch, most):
+    monkeypatch.setattr(module, "PIECE_BYTES", most)
+    cluster(tiny, tmp_path / "undisturbed")
+    expected = digests(tmp_path / "undisturbed")
+    stops, save, write = [], FileTrail.save, module.write_shuffle
+
+    def save_and_stop(trail, state):
+        save(trail, state)
+        stops.append("step")
+        raise Stopped
+
+    def write_and_stop(location, *rest):
+        write(location, *rest)
+        if location not in stops:
+            stops.append(location)
+            raise Stopped
+
+    monkeypatch.setattr(FileTrail, "save", save_and_stop)
+    monkeypatch.setattr(module, "write_shuffle", write_and_stop)
+    for _ in range(300):
+        try:
+            cluster(tiny, tmp_path / "disturbed")
+        except Stopped:
+            continue
+        break
+    assert digests(tmp_path / "disturbed") == expected
+    assert stops.count("step") > 8 and len(set(stops)) > (8 if most > 1 else 6)
+
+
+def test_the_objective_is_near_that_of_one_k_means_and_lower_than_with_equal_shares(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(80, 16))[rng.integers(80, size=6000)] + 0.3 * rng.normal(size=(6000, 16))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype("f4")
+    place = Location(str(tmp_path / "vectors"))
+    files = [write_embeddings(place / part_name(i), np.arange(2000), some) for i, some in enumerate(np.split(x, 3))]
+    facts = {"width": 16, "backbone": {"name": "none"}}
+    head = {"stage": "embed", "version": 1, "fingerprint": "", "config": {}, "inputs": {}, "counts": {"rows": 6000}}
+    finish(place, files, {**head, "facts": facts, "numerics": {}})
+
+    def fitted(n_splits, name):
+        config = ClusterConfig(n_clusters=(300,), n_splits=(n_splits,), n_resamples=0)
+        out = Output(Location(str(tmp_path / name)), LocalExecutor())
+        run(config, {"embeddings": Artifact(place)}, out, LocalExecutor())
+        return labels_of(tmp_path / name, 3)[1].sum(), out.facts.get("agreement", {}).get("0", 1)
+
+    found = {n: fitted(n, str(n)) for n in (1, 5, 20)}
+    assert found[1][1] == 1
+    assert found[1][0] < found[5][0] < found[20][0] < 1.05 * found[1][0]
+    assert 0.5 < found[20][1] < 1 and found[20][1] <= found[5][1]
+    monkeypatch.setattr(module, "split_shares", lambda sizes, squares, k: np.full(len(sizes), k // len(sizes)))
+    assert fitted(20, "equal")[0] > found[20][0]
+
+
+@pytest.mark.parametrize("n_splits", [(5,), (5, 0), (41, 1), (1, 7)])
+def test_splits_must_fit_the_levels(n_splits):
+    with pytest.raises(ValueError, match=r"cluster\.n_splits must have one number a level"):
+        ClusterConfig(n_clusters=(40, 6), n_splits=n_splits)
+
+
+def test_weights_of_size_need_levels_in_one_step():
+    ClusterConfig(n_clusters=(40, 6), n_splits=(5, 1), weights="size")
+    with pytest.raises(ValueError, match="must be 1 above the first level"):
+        ClusterConfig(n_clusters=(40, 6), n_splits=(5, 2), weights="size")
