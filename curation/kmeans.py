@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,8 +23,9 @@ from curation.seeding import seed_rows
 
 BLOCK_ROWS = 4096  # rows of a part meet a kernel in blocks of this height; part of the stage version
 SEED_ROWS_PER_CLUSTER, LEAST_SEED_ROWS = 32, 8  # rows the seeding sees for every cluster, if they fit and if not in ...
-SEED_BYTES = 1 << 28  # ... so much, as float32
+SEED_BYTES = 1 << 27  # ... so much, as float32
 MIN_SEED_ROWS = 65_536  # that it sees in any case
+SAMPLE_PIECES = 16  # that the sample is gathered in: to be one it would be copied once more
 MOST_SUMS = 4096  # of clusters, that a step hands from task to task
 TOLERANCE = 1e-4  # relative decrease of the objective in a step: less changes it by less than .001 to the end
 SPLIT = 2.0**-10  # of a value: how far the two halves of a cluster begin apart, up and down in turns
@@ -546,9 +548,10 @@ def seed_centroids(parts: Sequence[Rows], n_clusters: int, seed_key: tuple[int, 
     n_wanted = seed_sample(n_clusters, width)
     counts = sample_counts([part.n_rows for part in parts], n_wanted, np.random.default_rng([*seed_key, 2, 0]))
     draws = [Draw(part, counts[i], (*seed_key, 0, i)) for i, part in enumerate(parts)]
-    sample: Ref[list[Drawn]] = executor.reduce(draw_rows, draws, operator.add)
-    shared = {"sample": sample, "n_clusters": n_clusters}
-    [centroids] = executor.map(seeds_of_sample, [(*seed_key, 1, 0)], shared=shared)
+    height = -(-len(draws) // SAMPLE_PIECES)
+    pieces = [draws[start : start + height] for start in range(0, len(draws), height)]
+    sample = {f"drawn_{i:02d}": executor.reduce(draw_rows, some, operator.add) for i, some in enumerate(pieces)}
+    [centroids] = executor.map(partial(seeds_of_sample, n_clusters=n_clusters), [(*seed_key, 1, 0)], shared=sample)
     return centroids
 
 
@@ -601,8 +604,9 @@ def draw_rows(draw: Draw) -> list[Drawn]:
     return [Drawn(list(drawn.blocks()), drawn.weights)]
 
 
-def seeds_of_sample(key: tuple[int, ...], sample: list[Drawn], n_clusters: int) -> np.ndarray:
-    """Centroids float32 (k, d) chosen from the rows of a sample."""
+def seeds_of_sample(key: tuple[int, ...], n_clusters: int, **pieces: list[Drawn]) -> np.ndarray:
+    """Centroids float32 (k, d) chosen from the rows of a sample, in pieces by name."""
+    sample = [drawn for name in sorted(pieces) for drawn in pieces[name]]
     x = np.concatenate([block for drawn in sample for block in drawn.blocks])
     weights = [drawn.weights for drawn in sample if drawn.weights is not None]
     rng = np.random.default_rng(key)

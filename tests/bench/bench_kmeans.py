@@ -4,7 +4,7 @@ k4000   50,000 rows of 384, 4,000 clusters: the mean of 10 steps from the same s
 k16000  200,000 rows, 16,000 clusters
 coarse  1,000,000 rows, assigned to 10,000 and to 100,000 centroids, rows themselves: as the pipeline does, directly
         to the fewer and through a coarse quantizer to the more
-disk-4m 1,000,000 and 4,000,000 rows of 256 in float16 parts, 10,000 clusters, 5 steps, through ``openlvd cluster``:
+disk-4m 1,000,000 and 4,000,000 rows of 256 in float16 parts, 10,000 clusters, 5 steps, by ``openlvd cluster`` on Ray:
         the memory of the largest process, and seconds a step beside the bare float32 product of all cores; in TMPDIR,
         2.6 GB
 
@@ -320,7 +320,7 @@ def disk_case(args: argparse.Namespace) -> dict[str, Any]:
                 out = at / f"tree-{n_iter}"
                 settings = ["--n-clusters", f"[{k}]", "--n-iter", str(n_iter), "--tol", "0", "--n-resamples", "0"]
                 command = [str(Path(sys.executable).parent / "openlvd"), "cluster", "--embeddings", str(at / "vectors")]
-                spent.append(watched([*command, *settings, "--out", str(out)], peaks))
+                spent.append(watched([*command, *settings, "--out", str(out), "--executor", "ray"], peaks))
             step = (spent[1] - spent[0]) / DISK_ITER
     x = mixture(4 * BLOCK, data.shape[1] if data is not None else DISK_WIDTH, args.seed)
     product = statistics.median(bare_product(x, x[np.arange(k) % len(x)].copy()) for _ in range(5)) * sizes[-1] / len(x)

@@ -1,3 +1,4 @@
+import itertools
 import pickle
 
 import numpy as np
@@ -23,10 +24,10 @@ from curation.kmeans import (
     full_blocks,
     kmeans,
     lloyd_step,
-    sums_of_parts,
     refine,
     sample_counts,
     seeds_of_sample,
+    sums_of_parts,
     unit_rows,
     weighted,
     weights_of,
@@ -195,13 +196,33 @@ def test_every_part_draws_from_its_own_key():
             return super().reduce(fn, items, *args, **kwargs)
 
         def map(self, fn, items, *args, **kwargs):
-            keys.extend(item for item in items if isinstance(item, tuple) and fn is seeds_of_sample)
+            keys.extend(item for item in items if isinstance(item, tuple) and getattr(fn, "func", fn) is seeds_of_sample)
             return super().map(fn, items, *args, **kwargs)
 
     for seed_key in ((5, 0), (5, 1)):
         fit(cut(blobs(0), [1000, 2000, 3000]), 5, seed_key, Recording())
     states = {tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys}
     assert len(keys) == len(states) == 2 * (4 + 1)
+
+
+def test_the_seeding_sample_is_bounded_in_bytes_but_not_below_some_rows_a_cluster():
+    for k, width in itertools.product((1, 1000, 5000, 10_000, 100_000), (2, 256, 1024)):
+        n = module.seed_sample(k, width)
+        assert n >= module.MIN_SEED_ROWS and n >= module.LEAST_SEED_ROWS * k
+        assert n == max(module.MIN_SEED_ROWS, module.LEAST_SEED_ROWS * k) or 4 * width * n <= module.SEED_BYTES
+        assert n <= max(module.MIN_SEED_ROWS, module.SEED_ROWS_PER_CLUSTER * k)
+    assert module.seed_sample(10_000, 2) == 10_000 * module.SEED_ROWS_PER_CLUSTER
+
+
+def test_a_step_hands_on_a_bounded_number_of_sums(monkeypatch):
+    parts = cut(blobs(0), np.arange(1, 20) * 150)
+    whole = fit(parts, 30, (0,), SerialExecutor())
+    monkeypatch.setattr(module, "MOST_SUMS", 6)
+    runs = module.in_runs([Member(part) for part in parts])
+    assert len(runs) <= 6 and [member.part for run in runs for member in run] == parts
+    few = fit(parts, 30, (0,), SerialExecutor())
+    np.testing.assert_allclose(few.centroids, whole.centroids, rtol=1e-5, atol=1e-5)
+    assert few.n_done == whole.n_done
 
 
 def test_every_row_has_the_same_chance_to_be_in_the_sample():
