@@ -6,7 +6,7 @@ serially is the code a cluster runs.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -64,6 +64,16 @@ class Executor(Protocol):
         here one after the other and are merged here, so they must be small.
         """
         ...
+
+
+class Device(NamedTuple):
+    """Where calls do what a GPU may do."""
+
+    name: str  # as torch names it; "cpu": without torch
+    gpus: float  # of one call
+
+
+CPU = Device("cpu", 0.0)
 
 
 class Here(Generic[Result]):
@@ -128,6 +138,12 @@ def fold(results: Iterable[Result], merge: Callable[[Result, Result], Result]) -
 
 def fold_tree(results: Iterable[Result], merge: Callable[[Result, Result], Result], fan_in: int) -> Result:
     """Fold ``fan_in`` neighbours at a time, level by level, holding at most ``fan_in`` results of a level."""
+    return fold_groups(results, partial(fold, merge=merge), fan_in)
+
+
+def fold_groups(results: Iterable[Result], fold_group: Callable[[list[Result]], Result], fan_in: int) -> Result:
+    """The tree of ``fold_tree``: every group of neighbours is folded as soon as it is whole; a single result is the
+    root as it is."""
     if fan_in < 2:
         raise ValueError(f"fan_in must be at least 2: got {fan_in}")
     levels: list[list[Result]] = [[]]
@@ -141,7 +157,7 @@ def fold_tree(results: Iterable[Result], merge: Callable[[Result, Result], Resul
 
     def close(level: int) -> None:
         group, levels[level] = levels[level], []
-        push(level + 1, fold(group, merge))
+        push(level + 1, fold_group(group))
 
     for result in results:
         push(0, result)
@@ -152,12 +168,21 @@ def fold_tree(results: Iterable[Result], merge: Callable[[Result, Result], Resul
         level += 1
     if not levels[level]:
         raise ValueError("nothing to fold")
-    return fold(levels[level], merge)
+    return fold_group(levels[level]) if len(levels[level]) > 1 else levels[level][0]
 
 
 def on_worker(executor: Executor, fn: Callable[..., Result], shared: Mapping[str, Any]) -> Ref[Result]:
     """``fn(**shared)`` in one task; its value stays where it was made, so the driver never holds O(rows)."""
     return executor.reduce(partial(_without_item, fn), [None], _never_merged, shared=shared)
+
+
+def stored(executor: Executor, value: Result) -> Ref[Result]:
+    """The value where ``shared`` values lie, for what is no call of ``map`` or ``reduce`` but reads it too."""
+    return on_worker(executor, _itself, {"value": value})
+
+
+def _itself(value: Result) -> Result:
+    return value
 
 
 def _without_item(fn: Callable[..., Result], _: None, **shared: Any) -> Result:

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from curation.coarse import CentroidGroups
-from curation.execute import Executor, Here, Ref, SerialExecutor, on_worker
+from curation.execute import CPU, Device, Executor, Here, Ref, SerialExecutor, on_worker
 from curation.kmeans import (
     EMPTY,
     LLOYD,
@@ -32,6 +32,7 @@ from curation.kmeans import (
     assign_part,
     checked_rows,
     fit,
+    members_of,
     step_of,
     step_shared,
     weighted,
@@ -59,7 +60,8 @@ class ClusterConfig:
     metric: str = "euclidean"  # or "cosine": spherical k-means, centres are unit vectors at every level
     n_iter: int = 50  # Lloyd steps of a run, at most
     tol: float = TOLERANCE  # a run ends when a step lowers its objective by at most this share; 0: when nothing moves
-    empty: str = "keep"  # a cluster that loses its rows stays where it was; "split": it takes half of the largest one
+    empty: str = "keep"  # a cluster that loses its rows stays where it was; "split": it takes half of the largest one;
+    # "farthest": it takes the row that is farthest from its own centre
     seed: int = 0  # of first centroids and of what is resampled
 
     def __post_init__(self) -> None:
@@ -315,28 +317,30 @@ def fit_level(
     how: Lloyd = LLOYD,
     trail: LevelTrail = NO_LEVEL,
     pick: str = "closest",
+    device: Device = CPU,
 ) -> np.ndarray:
     """Centroids float32 (k, d) of one level over all parts: k-means, then ``n_resamples`` runs on resampled rows.
 
     Run r draws from keys (seed_key..., r, ...). ``resample_size`` None is half the average cluster of the level, 1 or
     less means no resampling; ``pick`` says which rows, see ``hierarchical_kmeans``. Labels are not kept:
     ``assign_part`` gives them, part by part, from what is returned. Goes on where ``trail`` says that it stood, to the
-    same bits. This process holds centroids and sums, and what ``resample`` holds; the rows stay on the workers. Raises
-    ValueError for what k-means refuses and for another ``pick``.
+    same bits; on another ``device`` than the CPU it must have memories, see ``fit``. This process holds centroids and
+    sums, and what ``resample`` holds; the rows stay on the workers. Raises ValueError for what k-means refuses and for
+    another ``pick``.
     """
     check_one_of("resample", pick, RESAMPLE)
     n_rows = sum(part.n_rows for part in parts)
     state, begun = last_state(trail, n_resamples)
     if begun == 0:
-        state = fit(parts, n_clusters, (*seed_key, 0), executor, how, trail.run(0))
+        state = fit(parts, n_clusters, (*seed_key, 0), executor, how, trail.run(0), device)
     assert state is not None, "a run that has begun follows one that has ended"
     size = n_rows // (2 * min(n_clusters, n_rows)) if resample_size is None else resample_size
     for run in range(max(begun, 1), n_resamples + 1 if size > 1 else 1):
-        known = trail.run(0) if run == 1 else NO_TRAIL  # later runs are on fewer rows
-        members = [Member(part, known.memory(i)) for i, part in enumerate(parts)]
-        key = (*seed_key, run)
-        chosen = resample(members, step_of(state), size, executor, key if pick == "random" else None)
-        state = fit(chosen, n_clusters, key, executor, how, trail.run(run))
+        # later runs are on fewer rows, so nothing is known; but a GPU needs a place for the labels of all
+        known = trail.run(0) if run == 1 or device.name != CPU.name else NO_TRAIL
+        key, members, step = (*seed_key, run), members_of(parts, known), step_of(state, device)
+        chosen = resample(members, step, size, executor, key if pick == "random" else None)
+        state = fit(chosen, n_clusters, key, executor, how, trail.run(run), device)
     return state.centroids
 
 
@@ -362,7 +366,7 @@ def resample(
     """
     placed = list(zip(members, accumulate((member.part.n_rows for member in members), initial=0), strict=False))
     work = partial(assigned_part, key=None if random_key is None else luck_key(random_key))
-    assigned = executor.reduce(work, placed, operator.add, shared=step_shared(step, executor))
+    assigned = executor.reduce(work, placed, operator.add, shared=step_shared(step, executor, members))
     wanted = {"assigned": assigned, "n_clusters": len(step.centroids), "size": size}
     chosen = on_worker(executor, closest_members, wanted)
     counts = on_worker(executor, chosen_counts, {"chosen": chosen}).get()
@@ -454,7 +458,6 @@ def closest_members(assigned: Iterable[tuple[np.ndarray, np.ndarray]], n_cluster
         loops.push_closest(distance, row, filled, labels, sq_distance, starts[-1])
         starts.append(starts[-1] + len(labels))
     mask = np.zeros(starts[-1], bool)
-    for cluster, n_rows in enumerate(filled.tolist()):
-        mask[row[cluster, :n_rows]] = True
+    mask[row[np.arange(size) < filled[:, None]]] = True
     del distance, row  # before there are positions
     return Chosen(np.flatnonzero(mask), np.array(starts, np.int64))

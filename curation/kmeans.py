@@ -2,13 +2,17 @@
 
 An array is one part and the serial executor one worker, so both forms are the same code. The driver holds
 centroids and sums, O(k * d), and O(parts); never anything O(rows).
+
+With GPUs a step has two passes. Workers that have one label the rows, all centroids compared, and leave the labels in
+the memories of the parts. The tasks of a CPU find them there and add up, for sums are as large as all centroids and go
+from task to task.
 """
 
 import hashlib
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -17,8 +21,9 @@ import numpy as np
 
 from curation import coarse
 from curation.coarse import CentroidGroups, CoarseTarget, group_centroids
-from curation.execute import Executor, Ref, SerialExecutor, on_worker
+from curation.execute import CPU, Device, Executor, Ref, SerialExecutor, local_values, on_worker, stored
 from curation.nearest import Bounds, Target, assign, moved_by
+from curation.nearest_torch import ROWS, TorchTarget, torch_target
 from curation.seeding import seed_rows
 
 BLOCK_ROWS = 4096  # rows of a part meet a kernel in blocks of this height; part of the stage version
@@ -30,7 +35,8 @@ MOST_SUMS = 4096  # of clusters, that a step hands from task to task
 TOLERANCE = 1e-4  # relative decrease of the objective in a step: less changes it by less than .001 to the end
 SPLIT = 2.0**-10  # of a value: how far the two halves of a cluster begin apart, up and down in turns
 NO_DIRECTION = 2.0**-40  # a mean of unit rows that is no longer than this is rounding alone
-EMPTY = ("keep", "split")
+EMPTY = ("keep", "split", "farthest")
+MOST_FAR = 1024  # empty clusters that get a far row in one step
 METRICS = ("euclidean", "cosine")
 
 
@@ -146,12 +152,28 @@ def full_blocks(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         yield rest
 
 
+class Far(NamedTuple):
+    """Rows far from their centroids, the farthest first."""
+
+    x: np.ndarray  # float32 (m, d)
+    sq_distance: np.ndarray  # float32 (m,)
+    labels: np.ndarray  # int32 (m,)
+    weights: np.ndarray  # int64 (m,), how often each row counts
+
+    def joined(self, other: "Far", n: int) -> "Far":
+        """The n farthest of both; of equal distances those of this one come first."""
+        both = Far(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
+        first = np.argsort(-both.sq_distance, kind="stable")[:n]
+        return Far(*(values[first] for values in both))
+
+
 class Sums(NamedTuple):
     """What rows add to the next centroids."""
 
     sums: np.ndarray  # float64 (k, d), of the rows of each cluster
     sizes: np.ndarray  # int64 (k,), rows of each cluster, each as often as it counts
     objective: float = 0.0  # squared distances of the rows to the centroids they were assigned to
+    far: Far | None = None  # rows that empty clusters may take, if they do
 
     @staticmethod
     def zeros(n_clusters: int, width: int) -> "Sums":
@@ -170,15 +192,33 @@ class Sums(NamedTuple):
 
     def merge(self, other: "Sums") -> "Sums":
         """Both together, in new arrays: on a cluster the inputs are read-only."""
-        return Sums(self.sums + other.sums, self.sizes + other.sizes, self.objective + other.objective)
+        far = None if self.far is None or other.far is None else self.far.joined(other.far, MOST_FAR)
+        return Sums(self.sums + other.sums, self.sizes + other.sizes, self.objective + other.objective, far)
+
+    def with_farthest(self) -> "Sums":
+        """Every empty cluster with the farthest row that is left, which its own cluster loses: as scikit-learn does. A
+        row alone in its cluster stays there."""
+        assert self.far is not None, "the step must have collected far rows"
+        sums, sizes = self.sums.copy(), self.sizes.copy()
+        empty = iter(np.flatnonzero(sizes == 0).tolist())
+        for row, apart, label, weight in zip(*self.far, strict=True):
+            if apart > 0 and sizes[label] > weight > 0:
+                to = next(empty, None)
+                if to is None:
+                    break
+                sums[to], sizes[to] = row.astype(np.float64) * weight, weight
+                sums[label] -= sums[to]
+                sizes[label] -= weight
+        return self._replace(sums=sums, sizes=sizes)
 
 
 class Memory(Protocol):
     """Where the bounds of a part lie from one step to the next; a place that travels with the part. What it holds saves
-    work and changes no bit, so it may be lost."""
+    work and changes no bit, so it may be lost; labels made on a GPU are lost with it, and made again by the next
+    attempt."""
 
-    def load(self, tag: bytes) -> Bounds | None:
-        """What was saved under this tag; None when there is nothing, or another tag."""
+    def load(self) -> tuple[bytes, Bounds] | None:
+        """What was saved last and its tag, which tells for what centroids it is true; None when there is nothing."""
         ...
 
     def save(self, tag: bytes, bounds: Bounds) -> None:
@@ -219,9 +259,9 @@ class Held:
     tag: bytes = b""
     bounds: Bounds | None = None
 
-    def load(self, tag: bytes) -> Bounds | None:
+    def load(self) -> tuple[bytes, Bounds] | None:
         """As ``Memory``."""
-        return self.bounds if tag == self.tag else None
+        return None if self.bounds is None else (self.tag, self.bounds)
 
     def save(self, tag: bytes, bounds: Bounds) -> None:
         """As ``Memory``."""
@@ -272,7 +312,8 @@ class Lloyd:
 
     n_iter: int = 50  # steps, at most
     tol: float = TOLERANCE  # stop when a step lowers the objective by at most this share; 0: when nothing moves
-    empty: str = "keep"  # an empty cluster stays where it was; "split": it takes half of the largest one
+    empty: str = "keep"  # an empty cluster stays where it was; "split": it takes half of the largest one; "farthest":
+    # it takes the row that is farthest from its own centroid, MOST_FAR clusters in a step
     metric: str = "euclidean"  # or "cosine": centroids are unit; where the mean of the rows is 0 one stays as it was
 
     def __post_init__(self) -> None:
@@ -312,9 +353,9 @@ def kmeans(
     part, trail, executor = ArrayRows(checked_rows(x, metric)), HeldTrail(), SerialExecutor()
     key = (int(rng.integers(2**32)),)
     state = fit([part], n_clusters, key, executor, how, trail)
-    step = step_shared(step_of(state), executor)
-    groups = step["groups"].get() if "groups" in step else None
-    return KMeans(state.centroids, *assign_member(Member(part, trail.memory(0)), step["step"], groups))
+    member = Member(part, trail.memory(0))
+    shared = step_shared(step_of(state), executor, [member])
+    return KMeans(state.centroids, *assign_member(member, **local_values(shared)))
 
 
 def finite_rows(x: np.ndarray) -> np.ndarray:
@@ -356,12 +397,14 @@ def fit(
     executor: Executor,
     how: Lloyd = LLOYD,
     trail: Trail = NO_TRAIL,
+    device: Device = CPU,
 ) -> State:
     """K-means of the rows of all parts, k = min(n_clusters, rows), to its end; goes on where ``trail`` says it stood.
 
     The seeding draws from ``default_rng([*seed_key, purpose, part])``. The same parts give the same bits on any number
     of workers; other parts of the same rows another rounding of the sums and, when there are more rows than the seeding
-    sample takes, another sample.
+    sample takes, another sample. On another device than the CPU a row between two centroids may get the other one, see
+    ``curation.nearest_torch``, and ``trail`` must have a memory for every part.
     """
     n_rows = sum(part.n_rows for part in parts)
     if n_clusters < 1 or n_rows == 0:
@@ -370,17 +413,17 @@ def fit(
     if state is None:
         state = State(seed_centroids(parts, min(n_clusters, n_rows), seed_key, executor))
         trail.save(state)
-    return refine(parts, state, executor, how, trail)
+    return refine(parts, state, executor, how, trail, device)
 
 
 def refine(
     parts: Sequence[Rows], state: State, executor: Executor,
-    how: Lloyd = LLOYD, trail: Trail = NO_TRAIL,
+    how: Lloyd = LLOYD, trail: Trail = NO_TRAIL, device: Device = CPU,
 ) -> State:  # fmt: skip
     """Lloyd's steps from a state to the end that ``how`` sets."""
-    members = [Member(part, trail.memory(i)) for i, part in enumerate(parts)]
+    members = members_of(parts, trail)
     while not state.done and state.n_done < how.n_iter:
-        state = lloyd_step(members, state, executor, how)
+        state = lloyd_step(members, state, executor, how, device)
         trail.save(state)
     return state
 
@@ -392,39 +435,113 @@ class Member(NamedTuple):
     memory: Memory | None = None
 
 
+def members_of(parts: Sequence[Rows], trail: Trail) -> list[Member]:
+    """The parts with what a trail has for each."""
+    return [Member(part, trail.memory(i)) for i, part in enumerate(parts)]
+
+
 class Step(NamedTuple):
     """What a worker needs to assign the rows of a part: centroids, and how they came from those before."""
 
     centroids: np.ndarray  # float32 (k, d)
     drift: np.ndarray | None = None  # float64 (k,), see ``moved_by``
-    tag: bytes = b""  # of the centroids
+    tag: bytes = b""  # of the centroids, and of the device
     tag_before: bytes = b""  # of those that bounds are known for
+    collects_far: bool = False  # sums have the rows that empty clusters may take
+    device: Device = CPU  # that compares rows and centroids
 
 
-def step_of(state: State) -> Step:
+def step_of(state: State, device: Device = CPU) -> Step:
     """How rows are assigned to the centroids of a state."""
-    tag = tag_of(state.centroids)
-    if state.before is None:
-        return Step(state.centroids, None, tag)
-    return Step(state.centroids, moved_by(state.before, state.centroids), tag, tag_of(state.before))
+    step = step_to(state.centroids, device)
+    if state.before is None or device.name != CPU.name:  # a GPU meets all centroids anyhow
+        return step
+    return step._replace(drift=moved_by(state.before, state.centroids), tag_before=tag_of(state.before))
 
 
-def step_shared(step: Step, executor: Executor) -> dict[str, Any]:
-    """What tasks that assign rows share: the step, and the groups of very many centroids, made on a worker."""
+def step_to(centroids: np.ndarray, device: Device = CPU) -> Step:
+    """How rows of which nothing is known are assigned to centroids."""
+    return Step(centroids, tag=tag_of(centroids, device), device=device)
+
+
+def tag_of(centroids: np.ndarray, device: Device = CPU) -> bytes:
+    """32 bytes that tell centroids from others, and labels by one device from those by another."""
+    tag = hashlib.sha256(centroids.tobytes())
+    tag.update(b"" if device.name == CPU.name else device.name.encode())
+    return tag.digest()
+
+
+def step_shared(step: Step, executor: Executor, members: Sequence[Member]) -> dict[str, Any]:
+    """What tasks that assign the rows of members share: the step, and the groups of very many centroids, made on a
+    worker. On a GPU there are no groups, and the labels of all members are in their memories when this returns."""
+    if step.device.name != CPU.name:
+        there = stored(executor, step)
+        for _ in executor.map_workers(partial(labeller, there), in_loads(members), step.device.gpus):
+            pass
+        return {"step": there}
     if len(step.centroids) < coarse.COARSE_FROM:
         return {"step": step}
     return {"step": step, "groups": on_worker(executor, group_centroids, {"centroids": step.centroids})}
 
 
-def tag_of(centroids: np.ndarray) -> bytes:
-    """32 bytes that tell centroids from others."""
-    return hashlib.sha256(centroids.tobytes()).digest()
+def in_loads(members: Sequence[Member]) -> list[list[Member]]:
+    """Neighbours that have as many rows together as keep a GPU busy; those without rows are left out. Raises ValueError
+    where a member has no memory."""
+    loads, n_rows = list[list[Member]](), ROWS
+    for member in members:
+        if not member.part.n_rows:
+            continue
+        if member.memory is None:
+            raise ValueError("labels that a GPU makes must have a memory to lie in: got a part without one")
+        if n_rows >= ROWS:
+            loads.append([])
+            n_rows = 0
+        loads[-1].append(member)
+        n_rows += member.part.n_rows
+    return loads
 
 
-def lloyd_step(members: Sequence[Member], state: State, executor: Executor, how: Lloyd) -> State:
+def labeller(step: Ref[Step]) -> Callable[[Sequence[Member]], None]:
+    """What a worker labels members by: the centroids are on its device from the first one to the last."""
+    held = step.get()
+    return partial(label_members, target=torch_target(held.centroids, held.device.name), tag=held.tag)
+
+
+def label_members(members: Sequence[Member], target: TorchTarget, tag: bytes) -> None:
+    """Leave the labels of members in their memories, unless all are there. Holds ROWS rows twice, and a part."""
+    if all(known_under(tag, member) is not None for member in members):
+        return
+    blocks = itertools.chain.from_iterable(member.part.blocks() for member in members)
+    labels = np.concatenate([target.assign(x)[0] for x in joined(blocks, ROWS)])
+    ends = np.cumsum([member.part.n_rows for member in members])
+    for member, own in zip(members, np.split(labels, ends[:-1]), strict=True):
+        assert member.memory is not None, "in_loads has seen it"
+        member.memory.save(tag, Bounds(own, np.zeros(len(own), np.float32)))  # of others nothing is known
+
+
+def known_under(tag: bytes, member: Member) -> Bounds | None:
+    """What the memory of a member has for the centroids of this tag."""
+    held = None if member.memory is None else member.memory.load()
+    return held[1] if held is not None and held[0] == tag else None
+
+
+def joined(blocks: Iterable[np.ndarray], n_rows: int) -> Iterator[np.ndarray]:
+    """Blocks, neighbours in one array as long as they have at most ``n_rows`` rows together."""
+    held: list[np.ndarray] = []
+    for block in blocks:
+        if held and sum(map(len, held)) + len(block) > n_rows:
+            yield np.concatenate(held)
+            held = []
+        held.append(block)
+    if held:
+        yield np.concatenate(held)
+
+
+def lloyd_step(members: Sequence[Member], state: State, executor: Executor, how: Lloyd, device: Device = CPU) -> State:
     """One step of Lloyd's algorithm."""
     centroids = state.centroids
-    shared = step_shared(step_of(state), executor)
+    step = step_of(state, device)._replace(collects_far=how.empty == "farthest")
+    shared = step_shared(step, executor, members)
     total: Sums = executor.reduce(sums_of_parts, in_runs(members), Sums.merge, shared=shared, fan_in=2).get()
     moved = next_centroids(total, centroids, how)
     small = how.tol > 0 and state.objective - total.objective <= how.tol * total.objective
@@ -433,7 +550,9 @@ def lloyd_step(members: Sequence[Member], state: State, executor: Executor, how:
 
 
 def next_centroids(total: Sums, centroids: np.ndarray, how: Lloyd) -> np.ndarray:
-    """float32 (k, d): the means of what was summed, unit for the cosine; what has none stays, or is split."""
+    """float32 (k, d): the means of what was summed, unit for the cosine; what has none stays, or gets rows."""
+    if how.empty == "farthest":
+        total = total.with_farthest()
     moved, lengths = centroids.copy(), total.sizes.astype(np.float64)
     full = total.sizes > 0
     if how.metric == "cosine":
@@ -484,6 +603,7 @@ def sums_of_parts(members: Sequence[Member], step: Step, groups: CentroidGroups 
     """What parts add: float64 sums (k, d), int64 sizes (k,) and the objective of the clusters their rows are nearest
     to, every row as often as it counts. Holds one set of sums."""
     sums, objective = Sums.zeros(*step.centroids.shape), 0.0
+    far = no_rows(step.centroids.shape[1]) if step.collects_far else None
     for member in members:
         weights, start = weights_of(member.part), 0
         for x, labels, sq_distance in assigned_blocks(member, step, groups):
@@ -491,21 +611,50 @@ def sums_of_parts(members: Sequence[Member], step: Step, groups: CentroidGroups 
             sums.add(x, labels, own)
             objective += float((sq_distance if own is None else sq_distance * own).sum(dtype=np.float64))
             start += len(x)
-    return sums._replace(objective=objective)
+            if far is not None:
+                far = with_far_rows(far, x, labels, sq_distance, own)
+    return sums._replace(objective=objective, far=far)
+
+
+def no_rows(width: int) -> Far:
+    """None yet."""
+    return Far(np.empty((0, width), np.float32), np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.int64))
+
+
+def with_far_rows(
+    far: Far, x: np.ndarray, labels: np.ndarray, sq_distance: np.ndarray, weights: np.ndarray | None
+) -> Far:
+    """The MOST_FAR farthest of what there was and of the rows of a block; of equal distances the earlier ones."""
+    least = far.sq_distance[-1] if len(far.sq_distance) == MOST_FAR else np.float32(0)
+    rows = np.flatnonzero(sq_distance > least)
+    if len(rows) > MOST_FAR:
+        rows = np.sort(rows[np.argsort(-sq_distance[rows], kind="stable")[:MOST_FAR]])
+    if not len(rows):
+        return far
+    counted = np.ones(len(rows), np.int64) if weights is None else weights[rows]
+    return far.joined(Far(x[rows], sq_distance[rows], labels[rows], counted), MOST_FAR)
 
 
 def assigned_blocks(
     member: Member, step: Step, groups: CentroidGroups | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Blocks of a part with their labels and squared distances; at the end what is known then goes to its memory.
-    With ``groups`` rows are assigned through them, and nothing is known."""
+    With ``groups`` rows are assigned through them, and nothing is known. Raises ValueError where a GPU should have left
+    labels in the memory and none are there."""
     part, memory = member
     if groups is not None:
         probed = CoarseTarget(groups)
         for x in part.blocks():
             yield x, *probed.assign(x)
         return
-    known = memory.load(step.tag_before) if memory is not None and step.drift is not None else None
+    tag, known = (None if memory is None else memory.load()) or (b"", None)
+    if known is not None and tag == step.tag:
+        yield from labelled_blocks(part, known.labels, step.centroids)
+        return
+    if step.device.name != CPU.name and part.n_rows:
+        raise ValueError(f"labels made on {step.device.name} must be in the memory of their part: they were lost")
+    if step.drift is None or tag != step.tag_before:
+        known = None
     target = Target(step.centroids, None if known is None else step.drift)
     bounds, start = [], 0
     for x in part.blocks():
@@ -517,6 +666,19 @@ def assigned_blocks(
         yield x, found.labels, found.sq_distance
     if memory is not None and bounds:
         memory.save(step.tag, Bounds(*map(np.concatenate, zip(*bounds, strict=True))))
+
+
+def labelled_blocks(
+    part: Rows, labels: np.ndarray, centroids: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """``assigned_blocks`` of a part whose rows have their labels."""
+    from curation import loops
+
+    start = 0
+    for x in part.blocks():
+        own = labels[start : start + len(x)].copy()
+        start += len(x)
+        yield x, own, loops.row_sq_distances(x, centroids, own)
 
 
 def assign_member(member: Member, step: Step, groups: CentroidGroups | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -531,10 +693,10 @@ def assign_member(member: Member, step: Step, groups: CentroidGroups | None = No
     return labels, sq_distance
 
 
-def assign_part(part: Rows, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``assign_member`` of a part of which nothing is known."""
-    groups = group_centroids(centroids) if len(centroids) >= coarse.COARSE_FROM else None
-    return assign_member(Member(part), Step(centroids), groups)
+def assign_part(part: Rows, centroids: np.ndarray, device: Device = CPU) -> tuple[np.ndarray, np.ndarray]:
+    """``assign_member`` of a part of which nothing is known, all in this process."""
+    member = Member(part, None if device.name == CPU.name else Held())
+    return assign_member(member, **local_values(step_shared(step_to(centroids, device), SerialExecutor(), [member])))
 
 
 def seed_centroids(parts: Sequence[Rows], n_clusters: int, seed_key: tuple[int, ...], executor: Executor) -> np.ndarray:

@@ -31,7 +31,7 @@ class Resources:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     workers: int = 0  # tasks at a time; 0: one for every core
-    gpus: float = 0.0  # of one worker with a model, and of one that looks for neighbours
+    gpus: float = 0.0  # of one worker with a model, and of one that looks for neighbours or centroids
     loader_workers: int = 1  # processes that decode and crop for the trainer; of a worker of embed those that decode
     # ahead, up to two as threads; 0: none, all in turn
     batch: int = 256  # images a forward of embed on a GPU; on a CPU it is fixed, for the sake of the same bytes

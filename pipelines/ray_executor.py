@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from curation.execute import Ref, fold, fold_tree
+from curation.execute import Ref, fold, fold_groups, fold_tree
 from pipelines.errors import TaskError, UserError
 from pipelines.executor import WORK_ERRORS, Progress, Resources, quiet, short, task_error
 from pipelines.numerics import numerics_hash, one_math_thread
@@ -231,7 +231,8 @@ class RayExecutor:
         fan_in: int = 16,
         gpus: float = 0,
     ) -> Ref[Result]:
-        """As the contract says: the leaves of a few groups at a time, so partial sums do not fill the store."""
+        """As the contract says: the leaves of a few groups at a time, and merged as soon as there are ``fan_in``, so
+        that a handful of results a tree level are there at once."""
         import ray
 
         if not items:
@@ -239,24 +240,28 @@ class RayExecutor:
         if gpus:
             return RemoteRef(ray.put(fold_tree(self.map(fn, items, shared, gpus), merge, fan_in)))
         names, values = self._shared(shared)
-        folded: list[Any] = []
-        running: deque[tuple[int, Any]] = deque()  # leaves done when a group is, and what tells it
-        for start in range(0, len(items), fan_in):
-            group = items[start : start + fan_in]
-            leaves = [self._task.remote(fn, item, self._setup, names, *values) for item in group]
-            told, value = self._merge.remote(merge, *leaves)
-            folded.append(value)
-            running.append((start + len(group), told))
+        running: deque[tuple[int, Any]] = deque()  # leaves begun when a group was whole, and what tells it is merged
+        begun = 0
+
+        def leaves() -> Iterator[Any]:
+            nonlocal begun
+            for item in items:
+                begun += 1
+                yield self._task.remote(fn, item, self._setup, names, *values)
+
+        def fold_group(nodes: Sequence[Any]) -> Any:
+            told, value = self._merge.remote(merge, *nodes)
+            running.append((begun, told))
             if len(running) * fan_in >= IN_FLIGHT * self.n_workers + fan_in:
                 self._finish_group(running, len(items))
+            return value
+
+        root = fold_groups(leaves(), fold_group, fan_in)
+        if len(items) == 1:  # merged with nothing: what failed is told here
+            root = fold_group([root])
         while running:
             self._finish_group(running, len(items))
-        while len(folded) > 1:
-            nodes = [self._merge.remote(merge, *folded[i : i + fan_in]) for i in range(0, len(folded), fan_in)]
-            for told, _ in nodes:
-                _get("the merging of results", told)
-            folded = [value for _, value in nodes]
-        return RemoteRef(folded[0])
+        return RemoteRef(root)
 
     def _finish_group(self, running: deque[tuple[int, Any]], total: int) -> None:
         done, told = running.popleft()

@@ -1,5 +1,6 @@
 """What the page says of a hierarchy: how large its clusters are, what a sample made of them, and what is in them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ def clusters(run: Run) -> list[dict[str, Any]]:
         last = list(samples.values())[-1] if samples else None
         found.append({
             "name": name, "n_clusters": n_clusters, "backbone": backbone_of(tree), "sample": ["", *samples][-1],
+            "made": how_made(tree.manifest["config"], tree.facts),
             "charts": size_charts(planned.top, list(samples)),
             "samples": [told for step, sample in samples.items() if (told := balance_of(step, sample))],
             "n_shown": sum(some.above < 0 for some in planned.shown),
@@ -44,6 +46,28 @@ def backbone_of(tree: Artifact) -> str:
     """The train step or the name behind the vectors of a hierarchy."""
     embeddings = tree.input("embeddings")
     return step_inputs(embeddings).get("backbone") or str(tree.facts["backbone"]["name"])
+
+
+def how_made(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """In sentences: which levels were made in two steps, and how often the nearest cluster was found where not all were
+    looked at. Nothing where neither is so."""
+    found = []
+    for level, (k, n) in enumerate(zip(config["n_clusters"], config.get("n_splits") or (), strict=False)):
+        if n > 1:
+            first = f"a first k-means of {math.ceil(k / n):,} clusters"
+            found.append(f"Level {level} was made in two steps: {first}, and then one in each of these.")
+    for level, share in facts.get("agreement", {}).items():
+        what = "images" if level == "0" else f"clusters of level {int(level) - 1}"
+        found.append(agreement_text(share, what, f"{facts['n_clusters'][int(level)]:,} clusters of level {level}"))
+    return " ".join(found)
+
+
+def agreement_text(share: float, what: str, of: str) -> str:
+    """How many of those that were sampled have the nearest cluster; rounded down, so that all are all."""
+    if share == 1:
+        return f"All sampled {what} have the nearest of all {of}."
+    percent = math.floor(1000 * share) / 10
+    return f"{percent:.1f} % of sampled {what} have the nearest of all {of}; the others a farther one."
 
 
 def leaf_counts(parts: Sequence[int], tree: Artifact, samples: Sequence[Artifact], n_leaves: int) -> np.ndarray:

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from curation.artifact import Artifact, Counts, FileInfo, part_name, read_table
+from curation import coarse
+from curation.artifact import Artifact, Counts, FileInfo, read_table
 from curation.drift import AssignConfig, Spread, drift
 from curation.embeddings import embedding_parts
 from curation.execute import Executor, on_worker
-from curation.kmeans import Step, step_shared
 from curation.store import Location, file_sha256
 from pipelines.errors import UserError
 from pipelines.stage import Inputs, Output, Stage
-from pipelines.stages.cluster import LabelTask, agreement, label_part, labels_of_level, level_parts
+from pipelines.stages.cluster import agreement, label_all, label_tasks, labels_of_level, level_parts
+from pipelines.stages.edges import device_of
 from pipelines.stages.retrieval.clusters import centroids_of_level
 
 N_TASKS = 64  # that count clusters: each holds all of them, and reads its parts one after the other
@@ -37,11 +38,12 @@ def run(config: AssignConfig, inputs: Inputs, out: Output, executor: Executor) -
     frozen = [file for file in tree.files if not file.name.startswith("part-")]
     out.make(partial(copy_file, tree=tree, out=out.location), frozen, [[file.name] for file in frozen])
     parts = embedding_parts(embeddings)
-    tasks = [LabelTask(part_name(i), part) for i, part in enumerate(parts)]
-    shared = step_shared(Step(centroids_of_level(tree, 0)), executor)
-    out.make(partial(label_part, out=out.location), tasks, [[task.name] for task in tasks], shared=shared)
+    device = device_of(executor)
+    out.log["assign_gpus"] = device.gpus  # of a task that compares rows and centroids
+    tasks = label_tasks("part", parts, out.scratch("labels-0"), device)
+    label_all(tasks, centroids_of_level(tree, 0), out, executor, device)
     out.facts |= {name: tree.facts[name] for name in ("n_clusters", "width", "backbone")}
-    if "groups" in shared:
+    if tree.facts["n_clusters"][0] >= coarse.COARSE_FROM:
         found = agreement(tasks, level_parts(out, 0), out.location, executor)
         out.facts["agreement"] = {**tree.facts["agreement"], "0": found}
     n_clusters = tree.facts["n_clusters"]

@@ -2,7 +2,8 @@
 
 ``part-*`` has the level-0 label of every row; ``centroids-<t>-*`` are the centroids of level t, an embeddings
 artifact in parts, and ``labels-<t>-*`` the level-t cluster of each cluster of level t - 1, in the same parts. In
-scratch, for every run of a level: where it stands after its last step, and bounds of every part.
+scratch, for every run of a level: where it stands after its last step, and bounds of every part. With GPUs these
+label all rows, there too, and tasks on CPUs add up and write.
 """
 
 import operator
@@ -17,15 +18,27 @@ from curation import coarse
 from curation.artifact import Artifact, Counts, FileInfo, describe, part_name, read_table, write_table
 from curation.coarse import CentroidGroups
 from curation.embeddings import EmbeddingsPart, covered_rows, embedding_parts, read_embeddings, write_embeddings
-from curation.execute import Executor, Ref
+from curation.execute import CPU, Device, Executor, Ref
 from curation.hierarchy import ClusterConfig, fit_level, rows_below
-from curation.kmeans import Member, Rows, Step, SubsetRows, assign_member, step_shared, weighted, weights_of
+from curation.kmeans import (
+    Member,
+    Memory,
+    Rows,
+    Step,
+    SubsetRows,
+    assign_member,
+    step_shared,
+    step_to,
+    weighted,
+    weights_of,
+)
 from curation.nearest import nearest_centroid
 from curation.store import Location
 from pipelines.errors import UserError
-from pipelines.stage import Inputs, Output, Stage
+from pipelines.stage import Inputs, Output, Stage, Timed
+from pipelines.stages.edges import device_of
 from pipelines.stages.split import Job, Plan, job_of, labels_of_part, read_centroids, split_level
-from pipelines.stages.trails import FileLevel
+from pipelines.stages.trails import FileLevel, place_for_labels
 
 CENTROID_ROWS = 65_536  # centroids of one file
 AGREEMENT_PARTS, AGREEMENT_ROWS = 16, 256  # parts, and rows of each, that tell how right a coarse assignment is
@@ -36,11 +49,19 @@ class LabelTask(NamedTuple):
 
     name: str
     part: EmbeddingsPart
+    memory: Memory | None  # where a GPU leaves the labels
+
+    @property
+    def member(self) -> Member:
+        """As k-means sees it."""
+        return Member(self.part, self.memory)
 
 
 def run(config: ClusterConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
     """Fit every level on what the level below left, and label that."""
     embeddings: Artifact = inputs["embeddings"]
+    device = device_of(executor)
+    out.log["assign_gpus"] = device.gpus  # of a task that compares rows and centroids
     parts = embedding_parts(embeddings)
     n_rows = sum(part.n_rows for part in parts)
     if n_rows < config.n_clusters[0]:
@@ -54,11 +75,11 @@ def run(config: ClusterConfig, inputs: Inputs, out: Output, executor: Executor) 
     for t, n_splits in enumerate(config.splits):
         counted: Sequence[Rows] = parts if weights is None else weighted(parts, weights)
         prefix = "part" if t == 0 else f"labels-{t}"
-        tasks = [LabelTask(part_name(i, prefix), part) for i, part in enumerate(parts)]
+        tasks = label_tasks(prefix, parts, out.scratch(f"labels-{t}"), device)
         if n_splits > 1:
-            centroids = split_and_label(config, t, tasks, out, executor)
+            centroids = split_and_label(config, t, tasks, out, executor, device)
         else:
-            centroids = fit_and_label(config, t, tasks, counted, out, executor)
+            centroids = fit_and_label(config, t, tasks, counted, out, executor, device)
         made.append(sum(part.n_rows for part in centroids))
         if n_splits > 1 or made[t] >= coarse.COARSE_FROM:
             agreements[t] = agreement(tasks, centroids, out.location, executor)
@@ -74,9 +95,15 @@ def run(config: ClusterConfig, inputs: Inputs, out: Output, executor: Executor) 
     return {"rows": n_rows, "kept": n_rows, "dropped": 0, "bad": 0}
 
 
+def label_tasks(prefix: str, parts: Sequence[EmbeddingsPart], folder: Location, device: Device) -> list[LabelTask]:
+    """One task a part, with a memory in ``folder`` where a GPU needs it."""
+    trail = place_for_labels(folder, device)
+    return [LabelTask(part_name(i, prefix), part, trail.memory(i)) for i, part in enumerate(parts)]
+
+
 def fit_and_label(
     config: ClusterConfig, level: int, tasks: Sequence[LabelTask], counted: Sequence[Rows], out: Output,
-    executor: Executor,
+    executor: Executor, device: Device,
 ) -> list[EmbeddingsPart]:  # fmt: skip
     """The centroids of a level by k-means of its rows, and the nearest one of every row; ``counted`` are the rows of
     the tasks with their weights."""
@@ -92,19 +119,27 @@ def fit_and_label(
             how=config.lloyd,
             trail=FileLevel(out.scratch(f"level-{level}")),
             pick=config.resample,
+            device=device,
         )
         centroids = write_centroids(out, level, fitted)
-    shared = step_shared(Step(load(centroids)), executor)
-    out.make(partial(label_part, out=out.location), tasks, [[task.name] for task in tasks], shared=shared)
+    label_all(tasks, load(centroids), out, executor, device)
     return centroids
 
 
+def label_all(
+    tasks: Sequence[LabelTask], centroids: np.ndarray, out: Output, executor: Executor, device: Device
+) -> None:
+    """Write the nearest of all centroids for every row."""
+    shared = step_shared(step_to(centroids, device), executor, [task.member for task in tasks])
+    out.make(partial(label_part, out=out.location), tasks, [[task.name] for task in tasks], shared=shared)
+
+
 def split_and_label(
-    config: ClusterConfig, level: int, tasks: Sequence[LabelTask], out: Output, executor: Executor
+    config: ClusterConfig, level: int, tasks: Sequence[LabelTask], out: Output, executor: Executor, device: Device
 ) -> list[EmbeddingsPart]:
     """The same in two steps, by ``n_splits``."""
     parts = [task.part for task in tasks]
-    job = job_of(config, level, parts, out.scratch(f"level-{level}"))
+    job = job_of(config, level, parts, out.scratch(f"level-{level}"), device)
     plan = split_level(job, parts, executor)
     if not level_parts(out, level):
         k = int(plan.offsets[-1])
@@ -126,10 +161,11 @@ def write_split_centroids(file: tuple[int, int, int], out: Location, job: Job, p
     write_embeddings(out / part_name(number, f"centroids-{job.level}"), np.arange(len(x)), x)
 
 
-def label_split_part(numbered: tuple[int, LabelTask], out: Location, job: Job, plan: Plan) -> FileInfo:
+def label_split_part(numbered: tuple[int, LabelTask], out: Location, job: Job, plan: Plan) -> Timed:
     """The labels that the pieces have sent to a part."""
     number, task = numbered
-    return write_labels(out / task.name, task.part, *labels_of_part(number, task.part, job, plan))
+    found = labels_of_part(number, task.part, job, plan)
+    return told(write_labels(out / task.name, task.part, *found), task.part.n_rows, job.device)
 
 
 def rows_below_part(labelled: tuple[Location, Rows], n_clusters: int) -> np.ndarray:
@@ -198,9 +234,15 @@ def nearest_of_part(part: EmbeddingsPart, x: np.ndarray) -> np.ndarray:
     return nearest_centroid(x, read_embeddings(part.location)[1])[1]
 
 
-def label_part(task: LabelTask, out: Location, step: Step, groups: CentroidGroups | None = None) -> FileInfo:
+def label_part(task: LabelTask, out: Location, step: Step, groups: CentroidGroups | None = None) -> Timed:
     """The nearest centroid of every row of a part, and its squared distance."""
-    return write_labels(out / task.name, task.part, *assign_member(Member(task.part), step, groups))
+    found = assign_member(task.member, step, groups)
+    return told(write_labels(out / task.name, task.part, *found), task.part.n_rows, step.device)
+
+
+def told(file: FileInfo, n_rows: int, device: Device) -> Timed:
+    """A file of labels; the log counts rows, and clusters of the level below, by who labelled them."""
+    return Timed([file], {f"rows_by_{'numba_cpu' if device.name == CPU.name else 'torch_gpu'}": n_rows})
 
 
 def write_labels(file: Location, part: EmbeddingsPart, labels: np.ndarray, sq_distance: np.ndarray) -> FileInfo:

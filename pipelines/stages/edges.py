@@ -19,7 +19,7 @@ import pyarrow as pa
 from curation.artifact import Artifact, FileInfo, pool_of, read_table, write_table
 from curation.embeddings import EmbeddingsPart, embedding_parts, read_embeddings
 from curation.equal import DIGEST, EQUAL, ROWS_PER_PARTITION, digest_partition, digest_records, find_equal
-from curation.execute import Executor
+from curation.execute import CPU, Device, Executor
 from curation.neighbors import NeighborsConfig
 from curation.shuffle import read_shuffle, write_shuffle
 from curation.store import Location
@@ -58,17 +58,10 @@ class KnownEdges(NamedTuple):
         return found
 
 
-class Device(NamedTuple):
-    """Where tasks look for what is near. It changes no edge."""
-
-    name: str  # as torch names it; "cpu": by FAISS and numba
-    gpus: float  # of one task
-
-
 def device_of(executor: Executor) -> Device:
     """GPUs where the resources of the run have them."""
     gpus = executor_gpus(executor)
-    return Device("cuda" if gpus else "cpu", gpus)
+    return Device("cuda", gpus) if gpus else CPU
 
 
 class EqualRows(NamedTuple):

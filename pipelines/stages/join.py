@@ -39,7 +39,7 @@ from curation.cells import (
 )
 from curation.checks import check_unit_rows
 from curation.embeddings import BLOCK_ROWS, read_embeddings, stored_form, stored_norms
-from curation.execute import Executor, Ref, on_worker
+from curation.execute import Device, Executor, Ref, on_worker
 from curation.kmeans import sample_counts
 from curation.neighbors import NeighborsConfig
 from curation.shuffle import Bounds, read_bounds, read_range, read_shuffle, write_groups, write_shuffle
@@ -49,7 +49,6 @@ from pipelines.errors import UserError
 from pipelines.stage import Output, make_aside
 from pipelines.stages.connect import range_at, raw_name
 from pipelines.stages.edges import (
-    Device,
     Distinct,
     EqualRows,
     KnownEdges,

@@ -2,19 +2,22 @@
 
 Rows are labelled by the first k-means and sent to its clusters, one shuffle of their vectors. A task takes consecutive
 clusters, as many as PIECE_BYTES hold, and leaves their centroids and the labels of their rows, which go back to the
-parts. A cluster too large for a task is fitted like a pool of its own, on all workers.
+parts. A larger cluster is a task of its own, with its rows in a local file, up to ALONE_BYTES; one that is larger still
+is fitted like a pool of its own, on all workers.
 """
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from curation.coarse import CentroidGroups
 from curation.embeddings import EmbeddingsPart, read_embeddings, row_norms, stored_form
-from curation.execute import Executor, Ref, SerialExecutor, on_worker
+from curation.execute import Device, Executor, Ref, SerialExecutor, stored
 from curation.hierarchy import ClusterConfig, HeldLevel, LevelTrail, fit_level
 from curation.kmeans import (
     BLOCK_ROWS,
@@ -25,17 +28,20 @@ from curation.kmeans import (
     assign_member,
     assign_part,
     fit,
+    members_of,
     step_of,
     step_shared,
+    step_to,
 )
 from curation.shuffle import read_bounds, read_range, read_shuffle, write_shuffle
 from curation.split import cut_pieces, split_shares
 from curation.store import Location
 from pipelines.stage import make_aside
 from pipelines.stages.connect import range_at, raw_name
-from pipelines.stages.trails import FileLevel
+from pipelines.stages.trails import FileLevel, place_for_labels
 
-PIECE_BYTES = 1 << 28  # of the vectors of a task as float32; it holds them twice and its seeding sample three times
+PIECE_BYTES = 1 << 28  # of the vectors of a task as float32: it holds them twice, and its seeding sample
+ALONE_BYTES = 1 << 32  # of those of one cluster that a task takes in a file
 LABEL = np.dtype([("row", "<i8"), ("label", "<i4"), ("sq_distance", "<f4")])
 FIRST_LABEL = np.dtype([("label", "<i4"), ("sq_distance", "<f4")])
 
@@ -51,6 +57,7 @@ class Job:
     stored: np.dtype  # of the vectors
     width: int
     unit: bool
+    device: Device  # that compares rows and centroids
 
     @property
     def n_first(self) -> int:
@@ -77,14 +84,14 @@ class Job:
         return fit_level(
             rows, k, self.config.runs[self.level], self.config.sizes[self.level],
             seed_key=(self.config.seed, self.level, 1, cluster),
-            executor=executor, how=self.config.lloyd, trail=trail, pick=self.config.resample,
+            executor=executor, how=self.config.lloyd, trail=trail, pick=self.config.resample, device=self.device,
         )  # fmt: skip
 
 
-def job_of(config: ClusterConfig, level: int, parts: Sequence[EmbeddingsPart], folder: Location) -> Job:
+def job_of(config: ClusterConfig, level: int, parts: Sequence[EmbeddingsPart], folder: Location, device: Device) -> Job:
     """The job of a level over ``parts``."""
     stored, width = stored_form(parts[0].location)
-    return Job(config, level, folder, np.array([part.first for part in parts]), stored, width, parts[0].unit)
+    return Job(config, level, folder, np.array([part.first for part in parts]), stored, width, parts[0].unit, device)
 
 
 class Plan(NamedTuple):
@@ -94,10 +101,14 @@ class Plan(NamedTuple):
     offsets: np.ndarray  # int64 (m + 1,): first centroid of each first cluster among all
     pieces: np.ndarray  # int64 (p + 1,): first cluster of each piece
 
-    def is_large(self, piece: int, job: Job) -> bool:
-        """If a piece is one cluster of more rows than a task may hold."""
+    def n_rows(self, piece: int) -> int:
+        """Rows of a piece."""
         first, last = self.pieces[[piece, piece + 1]]
-        return bool(self.sizes[first:last].sum() > job.piece_rows)
+        return int(self.sizes[first:last].sum())
+
+    def is_large(self, piece: int, job: Job) -> bool:
+        """If a piece is one cluster of more rows than a task may take."""
+        return self.n_rows(piece) * 4 * job.width > max(PIECE_BYTES, ALONE_BYTES)
 
 
 def split_level(job: Job, parts: Sequence[EmbeddingsPart], executor: Executor) -> Plan:
@@ -111,8 +122,8 @@ def split_level(job: Job, parts: Sequence[EmbeddingsPart], executor: Executor) -
     make_aside(send_rows, list(enumerate(parts)), names, job.folder / "rows", executor, {"job": job})
     pieces = range(len(plan.pieces) - 1)
     small = [piece for piece in pieces if not plan.is_large(piece, job)]
-    shared = {"job": job, "plan": plan}
-    make_aside(split_piece, small, [raw_name(p) for p in small], job.folder / "centroids", executor, shared)
+    shared, names = {"job": job, "plan": plan}, [raw_name(p) for p in small]
+    make_aside(split_piece, small, names, job.folder / "centroids", executor, shared, job.device.gpus)
     for piece in pieces:
         if plan.is_large(piece, job) and not (job.folder / "centroids" / raw_name(piece)).exists():
             split_large(piece, job, plan, executor)
@@ -123,10 +134,11 @@ def label_first(job: Job, parts: Sequence[EmbeddingsPart], names: Sequence[str],
     """Leave the first cluster of every row, and its squared distance."""
     trail = FileLevel(job.folder).run(0)
     filled = [part for part in parts if part.n_rows]
-    state = fit(filled, job.n_first, (job.config.seed, job.level, 0), executor, job.config.lloyd, trail)
+    state = fit(filled, job.n_first, (job.config.seed, job.level, 0), executor, job.config.lloyd, trail, job.device)
     memory = {part: trail.memory(i) for i, part in enumerate(filled)}
-    tasks = [(name, Member(part, memory.get(part))) for name, part in zip(names, parts, strict=True)]
-    shared = step_shared(step_of(state), executor)
+    members = [Member(part, memory.get(part)) for part in parts]
+    tasks = list(zip(names, members, strict=True))
+    shared = step_shared(step_of(state, job.device), executor, members)
     make_aside(partial(write_first, folder=job.folder / "first"), tasks, names, job.folder / "first", executor, shared)
 
 
@@ -162,36 +174,46 @@ def send_rows(numbered: tuple[int, EmbeddingsPart], job: Job) -> None:
 def split_piece(piece: int, job: Job, plan: Plan) -> None:
     """Leave the centroids of a piece, which say that it is done, and before that the labels of its rows."""
     first, last = plan.pieces[[piece, piece + 1]].tolist()
-    records, clusters = rows_of_clusters(job, first, last)
-    order = np.argsort(clusters, kind="stable")  # in a cluster rows stay in ascending order
-    ends = np.searchsorted(clusters, np.arange(first, last + 1), sorter=order)
-    labels = np.empty(len(records), LABEL)
     centroids = [np.empty((0, job.width), np.float32)]
-    for cluster in range(first, last):
-        at = order[ends[cluster - first] : ends[cluster - first + 1]]
-        if not len(at):
-            continue
-        rows = ArrayRows(job.floats(records["x"][at]))
-        begin, end = plan.offsets[[cluster, cluster + 1]].tolist()
-        found = job.fit([rows], end - begin, cluster, SerialExecutor(), HeldLevel())
-        near, labels["sq_distance"][at] = assign_part(rows, found)
-        labels["label"][at] = near + begin
-        centroids.append(found)
-    labels["row"] = records["row"]
+    with tempfile.TemporaryDirectory() as aside:
+        x, row_ids = gather_rows(job, first, last, plan, None if plan.n_rows(piece) <= job.piece_rows else Path(aside))
+        labels, done = np.empty(len(x), LABEL), 0
+        labels["row"] = row_ids
+        for cluster in range(first, last):
+            at = slice(done, done + int(plan.sizes[cluster]))
+            done = at.stop
+            if at.start == at.stop:
+                continue
+            rows = ArrayRows(x[at])
+            begin, end = plan.offsets[[cluster, cluster + 1]].tolist()
+            found = job.fit([rows], end - begin, cluster, SerialExecutor(), HeldLevel())
+            near, labels["sq_distance"][at] = assign_part(rows, found, job.device)
+            labels["label"][at] = near + begin
+            centroids.append(found)
+        del x  # before the file goes
     to = range_at(job.starts, labels["row"])
     write_shuffle(job.folder / "labels" / raw_name(piece), labels, to, len(job.starts))
     (job.folder / "centroids" / raw_name(piece)).write(np.concatenate(centroids).tobytes())
 
 
-def rows_of_clusters(job: Job, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows sent to first clusters [first, last), part after part, and their clusters int64."""
-    some, clusters = [np.zeros(0, job.sent)], [np.zeros(0, np.int64)]
+def gather_rows(job: Job, first: int, last: int, plan: Plan, aside: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """The rows sent to first clusters [first, last), float32 (n, d), cluster after cluster and ascending in each, and
+    their places among all, int64 (n,). With ``aside`` the rows are in a file of that folder."""
+    starts = np.cumsum(plan.sizes[first:last]) - plan.sizes[first:last]  # where the next row of each cluster goes
+    n_rows = int(plan.sizes[first:last].sum())
+    row_ids = np.empty(n_rows, np.int64)
+    if aside is None:
+        x = np.empty((n_rows, job.width), np.float32)
+    else:
+        x = np.memmap(aside / "rows", np.float32, "w+", shape=(n_rows, job.width))
     for number in range(len(job.starts)):
         file = job.folder / "rows" / raw_name(number)
         head, at = read_bounds(file, first, last)
-        some.append(read_range(file, job.sent, head, int(at[0]), int(at[-1])))
-        clusters.append(np.repeat(np.arange(first, last), np.diff(at)))
-    return np.concatenate(some), np.concatenate(clusters)
+        records = read_range(file, job.sent, head, int(at[0]), int(at[-1]))
+        here = np.arange(len(records)) + np.repeat(starts - (at[:-1] - at[0]), np.diff(at))
+        x[here], row_ids[here] = job.floats(records["x"]), records["row"]
+        starts += np.diff(at)
+    return x, row_ids
 
 
 @dataclass(frozen=True)
@@ -222,20 +244,16 @@ def split_large(piece: int, job: Job, plan: Plan, executor: Executor) -> None:
     cluster = int(plan.pieces[piece])
     shared = {"job": job, "cluster": cluster}
     counts = list(executor.map(rows_in_cluster, range(len(job.starts)), shared))
-    held = on_worker(executor, partial(itself, job), {})
+    held = stored(executor, job)
     rows = [SentRows(held, number, cluster, n) for number, n in enumerate(counts) if n]
     begin, end = plan.offsets[[cluster, cluster + 1]].tolist()
     found = job.fit(rows, end - begin, cluster, executor, FileLevel(job.folder / f"large-{cluster}"))
+    members = members_of(rows, place_for_labels(job.folder / f"large-{cluster}" / "labels", job.device))
     folder = job.folder / f"labels-{piece:07d}"
     work = partial(label_large, folder=folder, begin=begin)
     names = [raw_name(some.number) for some in rows]
-    make_aside(work, rows, names, folder, executor, step_shared(Step(found), executor))
+    make_aside(work, members, names, folder, executor, step_shared(step_to(found, job.device), executor, members))
     (job.folder / "centroids" / raw_name(piece)).write(found.tobytes())
-
-
-def itself(job: Job) -> Job:
-    """The job, where it is asked for."""
-    return job
 
 
 def rows_in_cluster(number: int, job: Job, cluster: int) -> int:
@@ -244,11 +262,13 @@ def rows_in_cluster(number: int, job: Job, cluster: int) -> int:
     return int(at[1] - at[0])
 
 
-def label_large(rows: SentRows, folder: Location, begin: int, step: Step, groups: CentroidGroups | None = None) -> None:
-    """The labels of the rows of one part in a large cluster."""
+def label_large(member: Member, folder: Location, begin: int, step: Step, groups: CentroidGroups | None = None) -> None:
+    """The labels of the rows of one part in a large cluster; the part of the member is ``SentRows``."""
+    rows = member.part
+    assert isinstance(rows, SentRows)
     labels = np.empty(rows.n_rows, LABEL)
     labels["row"] = np.concatenate([some["row"] for some in rows.records()])
-    near, labels["sq_distance"] = assign_member(Member(rows), step, groups)
+    near, labels["sq_distance"] = assign_member(member, step, groups)
     labels["label"] = near + begin
     (folder / raw_name(rows.number)).write(labels.tobytes())
 

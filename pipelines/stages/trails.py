@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curation.kmeans import State
+from curation.execute import CPU, Device
+from curation.kmeans import NO_TRAIL, State, Trail
 from curation.nearest import Bounds
 from curation.store import Location
 
@@ -18,15 +19,13 @@ class FileMemory:
 
     location: Location
 
-    def load(self, tag: bytes) -> Bounds | None:
+    def load(self) -> tuple[bytes, Bounds] | None:
         """As ``Memory``."""
         if not self.location.exists():
             return None
         data = self.location.read()
-        if data[:TAG_BYTES] != tag:
-            return None
         labels, lower = np.frombuffer(data, "<i4", offset=TAG_BYTES).reshape(2, -1)
-        return Bounds(labels, lower.view("<f4"))
+        return data[:TAG_BYTES], Bounds(labels, lower.view("<f4"))
 
     def save(self, tag: bytes, bounds: Bounds) -> None:
         """As ``Memory``."""
@@ -58,6 +57,11 @@ class FileTrail:
         before = state.centroids[:0] if state.before is None else state.before
         np.savez(data, **state._replace(before=before)._asdict())
         (self.folder / "state.npz").write(data.getvalue())
+
+
+def place_for_labels(folder: Location, device: Device) -> Trail:
+    """Where a device leaves the labels of rows for those who write them; a CPU, which writes them itself, nowhere."""
+    return NO_TRAIL if device.name == CPU.name else FileTrail(folder)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ disk-4m 1,000,000 and 4,000,000 rows of 256 in float16 parts, 10,000 clusters, 5
 Rows are those of a heavy-tailed mixture: groups of Pareto sizes, normal with log-normal spreads, made unit; ``--data``
 takes other rows, float (n, d) as .npy. Two threads for all sides. Ours: two parts, a thread of one math thread each, as
 two workers of the pipeline. The objective of every side is that of its last centroids, found by one exact assignment;
-the table has ours relative to the fastest peer's and every peer's relative to ours. Empty clusters take half of the
-largest one, as in FAISS; scikit-learn moves them to the farthest rows, which ends lower. ``product`` is the bare
+the table has ours relative to the fastest peer's and every peer's relative to ours. Empty clusters take
+the farthest rows, as in scikit-learn; in FAISS half of the largest cluster, which ends higher. ``product`` is the bare
 float32 product of rows and centroids of a step, by numpy with two threads; its BLAS core stands in ``blas``, for
 OPENBLAS_CORETYPE may hold it below what the processor can.
 """
@@ -99,7 +99,7 @@ class ThreadExecutor(SerialExecutor):
 def by_us(x: np.ndarray, start: np.ndarray, n_iter: int) -> np.ndarray:
     """Centroids after so many steps."""
     parts = [ArrayRows(half) for half in np.array_split(x, THREADS)]
-    how = Lloyd(n_iter=n_iter, tol=0, empty="split")
+    how = Lloyd(n_iter=n_iter, tol=0, empty="farthest")
     with threadpool_limits(1):
         return refine(parts, State(start), ThreadExecutor(), how, HeldTrail()).centroids
 

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from curation.execute import Here, SerialExecutor, fold_tree
+from curation import kmeans as module
+from curation.execute import Device, Here, SerialExecutor, fold_tree
 from curation.hierarchy import (
     Chosen,
     ClusterConfig,
+    HeldLevel,
     Hierarchy,
     Level,
     chosen_counts,
@@ -172,6 +174,19 @@ def test_every_row_of_a_cluster_is_drawn_as_often():
     assert (abs(counts - expected) <= 4.5 * spread).all() and (counts[-3:] == 2000).all()
     drawn = np.array([np.isin([0, 1], random_rows([ArrayRows(x)], np.eye(3), 4, (seed, 2))) for seed in range(2000)])
     assert abs(drawn.all(axis=1).mean() - 4 / 10 * 3 / 9) < 0.04  # two neighbours together, as without replacement
+
+
+@pytest.mark.parametrize("pick", ["closest", "random"])
+def test_a_gpu_makes_the_level_of_a_cpu(pick, monkeypatch):
+    """Rows apart enough; every run of resampling needs labels of all rows, though it is on few."""
+    rng = np.random.default_rng(3)
+    x = (3 * rng.normal(size=(40, 8))[rng.integers(40, size=5000)] + rng.normal(size=(5000, 8))).astype("f4")
+    parts = [ArrayRows(piece) for piece in np.split(x, [0, 1000, 1001])]
+    given = {"seed_key": (1,), "executor": SerialExecutor(), "how": Lloyd(n_iter=9), "pick": pick}
+    expected = fit_level(parts, 40, 3, 20, **given)
+    monkeypatch.setattr(module, "assign", None)  # what compares rows and centroids on a CPU
+    found = fit_level(parts, 40, 3, 20, **given, trail=HeldLevel(), device=Device("cpu:0", 0))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_random_resampling_flattens_too():

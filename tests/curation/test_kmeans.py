@@ -1,3 +1,4 @@
+import functools
 import itertools
 import pickle
 
@@ -6,7 +7,7 @@ import pytest
 from sklearn.cluster import KMeans as SklearnKMeans
 
 from curation import kmeans as module
-from curation.execute import Here, SerialExecutor
+from curation.execute import Device, Here, SerialExecutor
 from curation.kmeans import (
     BLOCK_ROWS,
     ArrayRows,
@@ -196,7 +197,7 @@ def test_every_part_draws_from_its_own_key():
             return super().reduce(fn, items, *args, **kwargs)
 
         def map(self, fn, items, *args, **kwargs):
-            keys.extend(item for item in items if isinstance(item, tuple) and getattr(fn, "func", fn) is seeds_of_sample)
+            keys.extend(item for item in items if getattr(fn, "func", fn) is seeds_of_sample)
             return super().map(fn, items, *args, **kwargs)
 
     for seed_key in ((5, 0), (5, 1)):
@@ -325,7 +326,7 @@ def test_equal_rows_are_split_to_no_end():
     "setting, words",
     [
         ({"tol": -1}, r"tol must be in \[0, 1\): got -1"),
-        ({"empty": "drop"}, "one of keep, split: got 'drop'"),
+        ({"empty": "drop"}, "one of keep, split, farthest: got 'drop'"),
         ({"metric": "l1"}, "metric must be one of euclidean, cosine: got 'l1'"),
     ],
 )
@@ -480,3 +481,187 @@ def test_a_sample_of_rows_keeps_their_weights(monkeypatch):
     for seed in range(20):
         start = module.seed_centroids(parts, 10, (seed,), SerialExecutor())[:, 0]
         assert (start >= 3000).all() and len(np.unique(start)) == 10
+
+
+def test_empty_clusters_take_the_farthest_rows_as_in_scikit_learn():
+    x = blobs(3)[:2000]
+    start = np.concatenate([x[:30], np.full((10, x.shape[1]), 50, "f4") + np.arange(10, dtype="f4")[:, None]])
+    for n_iter in (1, 2, 5):
+        ours = refine([ArrayRows(x)], State(start), SerialExecutor(), Lloyd(n_iter=n_iter, tol=0, empty="farthest"))
+        theirs = SklearnKMeans(40, init=start, n_init=1, max_iter=n_iter, tol=0, algorithm="lloyd").fit(x)
+        if n_iter == 1:  # later ones may take other rows of equal use
+            found, wanted = (c[np.lexsort(c.T)] for c in (ours.centroids, theirs.cluster_centers_.astype("f4")))
+            np.testing.assert_allclose(found, wanted, atol=1e-4)
+        inertia = nearest_centroid(x, ours.centroids)[1].sum(dtype="f8")
+        assert inertia == pytest.approx(theirs.inertia_, rel=0.02)
+        assert len(np.unique(nearest_centroid(x, ours.centroids)[0])) == 40
+
+
+@pytest.mark.parametrize("n_parts", [1, 7])
+def test_the_farthest_rows_are_those_of_all_parts(n_parts, monkeypatch):
+    monkeypatch.setattr(module, "MOST_FAR", 25)
+    x, c = blobs(8), blobs(9)[:40]
+    parts = cut(x, np.arange(1, n_parts) * len(x) // n_parts)
+    step = Step(c, collects_far=True)
+    total = functools.reduce(Sums.merge, (sums_of_parts([Member(part)], step) for part in parts))
+    labels, sq_distance = nearest_centroid(x, c)
+    rows = np.argsort(-sq_distance, kind="stable")[:25]
+    np.testing.assert_array_equal(total.far.x, x[rows])
+    np.testing.assert_array_equal(total.far.labels, labels[rows])
+    np.testing.assert_array_equal(total.far.sq_distance, sq_distance[rows])
+
+
+def test_a_row_alone_in_its_cluster_is_not_taken_and_sums_stay_whole():
+    x = np.array([[0, 0], [1, 0], [100, 0], [4, 0]], "f4")
+    far = module.Far(x[[2, 3, 1]], np.array([9, 4, 1], "f4"), np.array([1, 0, 0], "i4"), np.ones(3, np.int64))
+    sums = np.array([[5.0, 0], [100, 0], [0, 0], [0, 0], [0, 0]])
+    total = Sums(sums, np.array([3, 1, 0, 0, 0]), 14.0, far).with_farthest()
+    assert total.sizes.tolist() == [1, 1, 1, 1, 0]
+    np.testing.assert_array_equal(total.sums[:, 0], [0, 100, 4, 1, 0])
+    assert sums[0, 0] == 5  # what came in is read-only on a cluster
+
+
+def test_the_objective_falls_when_empty_clusters_take_rows():
+    x = blobs(5)
+    start, objectives = State(np.repeat(x[:8], 10, axis=0)), []
+    state = start
+    for _ in range(6):
+        state = lloyd_step([Member(ArrayRows(x))], state, SerialExecutor(), Lloyd(tol=0, empty="farthest"))
+        objectives.append(state.objective)
+    assert objectives == sorted(objectives, reverse=True)
+    kept = refine([ArrayRows(x)], start, SerialExecutor(), Lloyd(n_iter=2, tol=0))
+    assert objectives[1] < 0.8 * kept.objective
+
+
+GPU = Device("cpu:0", 0.25)  # what runs on a GPU, on this CPU
+
+
+class WithGpus(SerialExecutor):
+    """Sums do not go through what has GPUs; keeps the loads that do."""
+
+    def __init__(self):
+        self.loads = []
+
+    def map_workers(self, make, items, gpus=0):
+        assert gpus == GPU.gpus
+        self.loads.append([[member.part.n_rows for member in load] for load in items])
+        return super().map_workers(make, items, gpus)
+
+    def reduce(self, fn, items, merge, shared=None, fan_in=16, gpus=0):
+        assert not gpus
+        return super().reduce(fn, items, merge, shared, fan_in)
+
+
+def unlike(x, ours, theirs):
+    """Of labelled rows those whose two centroids are not as near, up to a part in 100,000."""
+    near, far = (((x.astype("f8") - centroids[labels]) ** 2).sum(1) for centroids, labels in (ours, theirs))
+    return np.flatnonzero((ours[1] != theirs[1]) & ~np.isclose(near, far, rtol=1e-5, atol=0))
+
+
+@pytest.mark.parametrize("shape", [{}, {"n_blobs": 400, "spread": 0.05}, {"width": 64, "spread": 2}])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_a_gpu_takes_the_steps_of_a_cpu(shape, metric, monkeypatch):
+    x = blobs(1, **shape)
+    x = unit_rows(x) if metric == "cosine" else x
+    parts = with_weights(cut(x, [0, 700, 701, 2500]), np.random.default_rng(0).integers(0, 4, len(x)))
+    start, how = State(x[:60].copy()), Lloyd(tol=1e-4, metric=metric, empty="split")
+    expected = refine(parts, start, SerialExecutor(), how)
+    near = [assign_part(part, expected.centroids) for part in parts]
+    monkeypatch.setattr(module, "assign", None)  # what compares rows and centroids on a CPU
+    executor = WithGpus()
+    found = refine(parts, start, executor, how, HeldTrail(), GPU)
+    assert found.n_done == expected.n_done > 5 and found.done == expected.done
+    np.testing.assert_allclose(found.centroids, expected.centroids, atol=1e-5)
+    np.testing.assert_allclose(found.objective, expected.objective, rtol=1e-6)
+    assert executor.loads == [[[700, 1, 1799, 1500]]] * found.n_done  # all that keep a GPU busy at once
+    for part, (labels, sq_distance) in zip(parts, near, strict=True):
+        ours, distance = assign_part(part, found.centroids, GPU)
+        rows = part.part.x
+        assert not len(unlike(rows, (found.centroids, ours), (expected.centroids, labels)))
+        assert (ours.dtype, distance.dtype) == (np.int32, np.float32)
+        np.testing.assert_allclose(distance, sq_distance, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_meet_a_gpu_many_at_a_time(monkeypatch):
+    """Blocks are joined across parts, and labels come back to theirs."""
+    monkeypatch.setattr(module, "ROWS", 10_000)
+    x, c = blobs(2, n=31_000), blobs(3)[:20]
+    parts = cut(x, [0, 200, 9000, 9900, 26_000])
+    trail, executor, heights = HeldTrail(), WithGpus(), []
+    assign_rows = module.TorchTarget.assign
+    monkeypatch.setattr(
+        module.TorchTarget, "assign", lambda self, rows: heights.append(len(rows)) or assign_rows(self, rows)
+    )
+    step = module.step_to(c, GPU)
+    members = module.members_of(parts, trail)
+    shared = module.step_shared(step, executor, members)
+    assert executor.loads == [[[200, 8800, 900, 16_100], [5000]]] and sum(heights) == len(x)
+    assert all(5000 <= height <= 10_000 for height in heights) and len(heights) == 4
+    for member in members[1:]:
+        labels, sq_distance = module.assign_member(member, shared["step"].get())
+        expected, least = nearest_centroid(member.part.x, c)
+        np.testing.assert_array_equal(labels, expected)
+        np.testing.assert_array_equal(sq_distance, least)
+    module.step_shared(step, executor, members)
+    assert len(heights) == 4  # they are all labelled
+    trail.memory(3).tag = b""
+    module.step_shared(step, executor, members)
+    assert len(heights) == 7  # its load is labelled again, in the same blocks
+
+
+def test_labels_that_are_known_are_not_made_again(monkeypatch):
+    """A step that was broken off finds in memories what was done; so does one on a CPU."""
+    x = blobs(3, n=9000)
+    parts, start, trail = cut(x, [5000]), State(x[:50].copy()), HeldTrail()
+    first = refine(parts, start, SerialExecutor(), Lloyd(n_iter=1), trail)
+    expected = refine(parts, first, SerialExecutor(), Lloyd(n_iter=2), trail)
+    assign_rows, n_rows = module.assign, []
+    monkeypatch.setattr(module, "assign", lambda rows, *rest: n_rows.append(len(rows)) or assign_rows(rows, *rest))
+    trail.parts[0] = module.Held()
+    again = refine(parts, first, SerialExecutor(), Lloyd(n_iter=2), trail)
+    assert sum(n_rows) == 5000
+    for a, b in zip(again, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_bounds_of_other_centroids_are_not_believed():
+    x = blobs(3)
+    parts, start, trail = [ArrayRows(x)], State(x[:50].copy()), HeldTrail()
+    first = refine(parts, start, SerialExecutor(), Lloyd(n_iter=1), trail)
+    trail.parts[0] = module.Held(b"others", module.Bounds(np.zeros(len(x), np.int32), np.full(len(x), 99, "f4")))
+    found = refine(parts, first, SerialExecutor(), Lloyd(n_iter=2), trail)
+    np.testing.assert_array_equal(found.centroids, refine(parts, start, SerialExecutor(), Lloyd(n_iter=2)).centroids)
+
+
+def test_what_a_gpu_said_is_not_what_a_cpu_says():
+    """Labels are under the tag of what made them, so that none depends on what memories hold."""
+    x = blobs(4)
+    trail, step = HeldTrail(), module.step_to(x[:50].copy(), GPU)
+    members = module.members_of([ArrayRows(x)], trail)
+    module.step_shared(step, WithGpus(), members)
+    trail.memory(0).bounds.labels[:] = 7
+    labels, _ = module.assign_member(members[0], module.step_to(step.centroids))
+    np.testing.assert_array_equal(labels, nearest_centroid(x, step.centroids)[0])
+    assert trail.memory(0).tag == module.tag_of(step.centroids) != step.tag
+
+
+def test_a_run_may_go_on_without_its_gpu():
+    """And then with it again."""
+    x = blobs(5, n=3000)
+    parts, start, trail, how = cut(x, [1000]), State(x[:40].copy()), HeldTrail(), Lloyd(n_iter=12, tol=0)
+    expected, state = refine(parts, start, SerialExecutor(), how), start
+    for n_iter, device in [(3, GPU), (6, module.CPU), (9, GPU), (12, module.CPU)]:
+        state = refine(parts, state, SerialExecutor(), Lloyd(n_iter=n_iter, tol=0), trail, device)
+    assert state.n_done == expected.n_done == 12
+    np.testing.assert_array_equal(state.centroids, expected.centroids)
+
+
+def test_labels_of_a_gpu_must_have_a_place():
+    x = blobs(0)
+    with pytest.raises(ValueError, match="must have a memory to lie in: got a part without one"):
+        fit([ArrayRows(x)], 5, (0,), SerialExecutor(), device=GPU)
+    step = module.step_to(x[:5], GPU)
+    with pytest.raises(ValueError, match="labels made on cpu:0 must be in the memory of their part: they were lost"):
+        sums_of_parts([Member(ArrayRows(x), HeldTrail().memory(0))], step)
+    none = sums_of_parts([Member(ArrayRows(x[:0]))], step)
+    assert none.sizes.sum() == 0

@@ -9,10 +9,11 @@ import pytest
 from test_report import Page
 from tiny import recipe
 
-from curation import coarse
+from curation import coarse, kmeans
 from curation.artifact import Artifact, pool_of, read_table
 from curation.drift import AssignConfig, Spread, drift
 from curation.embeddings import embedding_parts, read_embeddings
+from curation.execute import Device
 from curation.hierarchy import ClusterConfig
 from curation.store import Location
 from pipelines.engine import run_recipe
@@ -102,6 +103,15 @@ def test_so_they_do_where_very_many_centroids_are_met_in_groups(tiny, tmp_path, 
     out = alone(tmp_path / "again", vectors, Made(made.location))
     assert infos(out.files) == infos(made.files)
     assert out.facts["agreement"] == made.facts["agreement"] and set(made.facts["agreement"]) == {"0"}
+
+
+def test_gpus_leave_the_bytes_of_a_cpu(tiny, steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(assign, "device_of", lambda executor: Device("cpu:0", 0.5))
+    monkeypatch.setattr(kmeans, "assign", None)  # nothing is compared otherwise
+    out = alone(tmp_path / "alone", tiny.artifact("web_vec"), tiny.artifact("tree"))
+    assert infos(out.files) == infos(steps["again"].files)
+    n_rows = sum(part.rows for part in tiny.artifact("web_vec").parts)
+    assert out.log == {"assign_gpus": 0.5, "rows_by_torch_gpu": n_rows}
 
 
 def test_every_new_row_is_in_the_nearest_cluster(tiny):

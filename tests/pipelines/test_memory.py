@@ -91,7 +91,7 @@ def peak_of(tree: dict[str, Any], root: str, step: str, told: Any) -> None:
     """In a fresh process: run one step, tell the peak of the resident memory and what it was before, in MB."""
     kmeans.MIN_SEED_ROWS = 512  # k-means seeds on a sample of bounded size: here both pools are above it
     cells.GROUP_ROWS, cells.SLICE_ROWS, join.RUN_PAIRS = 512, 256, 512  # so are the pieces of a join
-    split.PIECE_BYTES = 1 << 18  # and those of first clusters, or their parts
+    split.PIECE_BYTES = split.ALONE_BYTES = 1 << 18  # and those of first clusters, or their parts
     cluster.AGREEMENT_ROWS = 16  # of 16 parts at most
     hops.FRONTIER_ROWS, decontaminate.FOLD_PAIRS = 64, 1024  # a hop is searched and joined in pieces of bounded size
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what is freed, by chance more or less of it,

@@ -12,14 +12,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from curation.artifact import describe, finish, pool_of, read_table, write_table
-from curation.embeddings import embedding_parts
+from curation.embeddings import embedding_parts, read_embeddings
 from curation.store import Location
 from pipelines.engine import read_root, run_recipe
 from pipelines.executor import LocalExecutor, Resources
 from pipelines.recipe import parse_recipe
 from pipelines.report import browser, drawings
 from pipelines.report.classes import balance
-from pipelines.report.clusters import how_drawn
+from pipelines.report.clusters import agreement_text, how_drawn, how_made
 from pipelines.report.groups import group_charts, retracted_text, rule_text, search_text, shape_text
 from pipelines.report.page import build_page
 from pipelines.report.run import ReportConfig, Run
@@ -357,6 +357,37 @@ def test_a_sample_says_how_even_it_made_every_level(clustered):
     assert "balanced: 60 images drawn</h4>" in section and "Shared from the top down, every cluster" in section
 
 
+def test_a_level_in_two_steps_says_so_and_how_often_the_nearest_was_found(tiny, html):
+    tree = tiny.artifact("split_tree")
+    config, shared = tree.manifest["config"], tree.facts["agreement"]
+    assert (config["n_clusters"], config["n_splits"], set(shared)) == ([20, 5], [4, 1], {"0"})
+    x = np.concatenate([np.concatenate(list(part.blocks())) for part in embedding_parts(tree.input("embeddings"))])
+    [centroids] = [read_embeddings(tree.location / f.name)[1] for f in tree.files if f.name.startswith("centroids-0")]
+    labels = np.concatenate([read_table(tree.part(i), ["label"])["label"].to_numpy() for i in range(len(tree.parts))])
+    near = ((x[:, None].astype("f8") - centroids) ** 2).sum(-1).argmin(1) == labels  # of all, fewer than are sampled
+    assert 0.5 < near.mean() < 1
+    part_of = html[html.index("<h3>split_tree:") :]
+    part_of = part_of[: part_of.index('<div class="key">')]
+    assert (
+        "Level 0 was made in two steps: a first k-means of 5 clusters, and then one in each of these. "
+        f"{math.floor(1000 * near.mean()) / 10:.1f} % of sampled images have the nearest of all 20 clusters of level "
+        "0; the others a farther one."
+    ) in part_of
+    assert "in two steps" not in html[html.index("<h3>tree:") : html.index("<h3>split_tree:")]
+
+
+def test_how_clusters_were_made_is_told_level_by_level():
+    config = {"n_clusters": [200_001, 70_000, 9], "n_splits": [2000, 1, 1]}
+    facts = {"n_clusters": [200_000, 70_000, 9], "agreement": {"0": 0.98799, "1": 1.0}}
+    assert how_made(config, facts) == (
+        "Level 0 was made in two steps: a first k-means of 101 clusters, and then one in each of these. 98.7 % of "
+        "sampled images have the nearest of all 200,000 clusters of level 0; the others a farther one. All sampled "
+        "clusters of level 0 have the nearest of all 70,000 clusters of level 1."
+    )
+    assert how_made({"n_clusters": [9], "n_splits": None}, {"n_clusters": [9]}) == ""
+    assert agreement_text(0.99999, "images", "9").startswith("99.9 %")  # not all are all
+
+
 def words(bins):
     return [f"{high if low == high else f'{low:,}-{high:,}'} images: {n:,}" for low, high, n in bins]
 
@@ -508,7 +539,9 @@ def test_pictures_are_bounded_and_can_be_left_out(tiny, html):
     assert len(html) < MAX_BYTES
     few = Page(page_of(artifacts(tiny), n_pairs=1, n_images=2, n_clusters=3, n_rejected=1))
     n_pair_sections = 1 + 4 + 2 + 2 + 1  # dedup, references, what components join, retrieve, calibrate
-    assert len(few.images()) <= 2 * 3 * n_pair_sections + 3 * 2 + 3 * browser.N_CHILDREN * 2 + 3
+    n_hierarchies = sum(entry.stage == "cluster" for entry in artifacts(tiny).values())
+    in_clusters = n_hierarchies * (3 * 2 + 3 * browser.N_CHILDREN * 2)
+    assert len(few.images()) <= 2 * 3 * n_pair_sections + in_clusters + 3
     none = Page(page_of(artifacts(tiny), n_pairs=0, n_images=0, n_clusters=0, n_rejected=0, n_classes=0))
     assert not none.images()
     with pytest.raises(ValueError, match=r"report\.n_pairs must be in 0\.\.48: got 49"):

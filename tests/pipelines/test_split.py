@@ -5,9 +5,10 @@ import hashlib
 import numpy as np
 import pytest
 
+from curation import kmeans
 from curation.artifact import Artifact, finish, part_name, read_table
 from curation.embeddings import embedding_parts, read_embeddings, write_embeddings
-from curation.execute import SerialExecutor
+from curation.execute import CPU, Device, SerialExecutor
 from curation.hierarchy import ClusterConfig, HeldLevel, fit_level
 from curation.kmeans import ArrayRows, assign_part, fit
 from curation.nearest import nearest_centroid
@@ -15,6 +16,7 @@ from curation.split import split_shares
 from curation.store import Location
 from pipelines.executor import LocalExecutor
 from pipelines.stage import Output
+from pipelines.stages import cluster as stage
 from pipelines.stages import split as module
 from pipelines.stages.cluster import run
 from pipelines.stages.trails import FileTrail
@@ -26,10 +28,11 @@ class Stopped(Exception):
     """What ends a run here."""
 
 
-def cluster(tiny, folder, config=CONFIG) -> Output:
+def cluster(tiny, folder, config=CONFIG, executor=None) -> Output:
     """Run the stage."""
-    out = Output(Location(str(folder)), LocalExecutor())
-    run(config, {"embeddings": tiny.artifact("web_vec")}, out, LocalExecutor())
+    executor = executor or LocalExecutor()
+    out = Output(Location(str(folder)), executor)
+    run(config, {"embeddings": tiny.artifact("web_vec")}, out, executor)
     return out
 
 
@@ -85,6 +88,7 @@ def test_it_is_a_k_means_in_every_cluster_of_a_first_one(tiny, tmp_path):
 def test_clusters_too_large_for_a_task_are_fitted_by_all_workers(tiny, tmp_path, monkeypatch):
     cluster(tiny, tmp_path / "small")
     monkeypatch.setattr(module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(module, "ALONE_BYTES", 1)
     cluster(tiny, tmp_path / "large")
     assert list((tmp_path / "large" / "scratch" / "level-0").glob("large-*"))
     x, n_parts = np.concatenate(rows_of(tiny)), len(rows_of(tiny))
@@ -104,9 +108,61 @@ def test_clusters_too_large_for_a_task_are_fitted_by_all_workers(tiny, tmp_path,
     assert large == pytest.approx(small, rel=0.1)  # other draws, as in other parts
 
 
+def test_rows_in_a_file_change_no_byte(tiny, tmp_path, monkeypatch):
+    cluster(tiny, tmp_path / "memory")
+    monkeypatch.setattr(module, "PIECE_BYTES", 1)
+    memmap, in_files = np.memmap, []
+    monkeypatch.setattr(np, "memmap", lambda *args, **kwargs: in_files.append(args) or memmap(*args, **kwargs))
+    cluster(tiny, tmp_path / "file")
+    assert digests(tmp_path / "file") == digests(tmp_path / "memory")
+    assert len(in_files) == 8
+
+
+class WithGpus(LocalExecutor):
+    """Notes what is done by workers with GPUs."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.on_gpus = set()
+
+    def map_workers(self, make, items, gpus=0):
+        assert gpus == GPU.gpus
+        self.on_gpus.add(make.func.__name__)
+        return super().map_workers(make, items, gpus)
+
+    def map(self, fn, items, shared=None, gpus=0):
+        self.on_gpus |= {fn.__name__} if gpus else set()
+        return super().map(fn, items, shared, gpus)
+
+    def reduce(self, fn, items, merge, shared=None, fan_in=16, gpus=0):
+        assert not gpus
+        return super().reduce(fn, items, merge, shared, fan_in, gpus)
+
+
+GPU = Device("cpu:0", 0.5)  # what runs on a GPU, on this CPU
+
+
 @pytest.mark.parametrize("most", [1 << 28, 1])
-def test_it_goes_on_after_any_stop_with_the_same_bytes(tiny, tmp_path, monkeypatch, most):
+def test_gpus_leave_the_bytes_of_a_cpu(tiny, tmp_path, monkeypatch, most):
+    """Where no row is as near to two centroids as short numbers can tell."""
     monkeypatch.setattr(module, "PIECE_BYTES", most)
+    monkeypatch.setattr(module, "ALONE_BYTES", most)
+    cluster(tiny, tmp_path / "cpu")
+    monkeypatch.setattr(stage, "device_of", lambda executor: GPU)
+    monkeypatch.setattr(kmeans, "assign", None)  # nothing is compared otherwise
+    executor = WithGpus()
+    out = cluster(tiny, tmp_path / "gpu", executor=executor)
+    assert digests(tmp_path / "gpu") == digests(tmp_path / "cpu")
+    assert executor.on_gpus == {"labeller", "split_piece"} and out.log["assign_gpus"] == 0.5
+    assert set(out.log) == {"assign_gpus", "rows_by_torch_gpu"}
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("most", [1 << 28, 1])
+def test_it_goes_on_after_any_stop_with_the_same_bytes(tiny, tmp_path, monkeypatch, most, device):
+    monkeypatch.setattr(stage, "device_of", lambda executor: device)
+    monkeypatch.setattr(module, "PIECE_BYTES", most)
+    monkeypatch.setattr(module, "ALONE_BYTES", most)
     cluster(tiny, tmp_path / "undisturbed")
     expected = digests(tmp_path / "undisturbed")
     stops, save, write = [], FileTrail.save, module.write_shuffle
