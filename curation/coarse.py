@@ -131,7 +131,7 @@ class CoarseTarget:
     def assign(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of a block of rows float32 (n, d): labels int32 (n,), ties to the lower, and float32 (n,) squared distances.
 
-        Holds about 4 * SCORE_BYTES + PANEL_BYTES.
+        Holds about 4 * SCORE_BYTES + PANEL_BYTES, and 16 bytes for every group that a row meets.
         """
         from curation import loops, loops_kmeans
 
@@ -154,7 +154,7 @@ class CoarseTarget:
         products += apart
         products -= self.groups.middle  # what each group may have
         self._meet(x, (products > best[:, None]) & ~near, panels, best, labels)
-        return labels
+        return np.minimum(labels, len(self.groups.centroids) - 1)  # products of huge rows overflow: no score is any
 
     def _meet(self, x: np.ndarray, pairs: np.ndarray, panels: np.ndarray, best: np.ndarray, labels: np.ndarray) -> None:
         """Compare rows with the centroids of groups, pairs bool (n, g); raise ``best`` and ``labels``. Pairs are packed

@@ -322,7 +322,8 @@ def fit_level(
     """Centroids float32 (k, d) of one level over all parts: k-means, then ``n_resamples`` runs on resampled rows.
 
     Run r draws from keys (seed_key..., r, ...). ``resample_size`` None is half the average cluster of the level, 1 or
-    less means no resampling; ``pick`` says which rows, see ``hierarchical_kmeans``. Labels are not kept:
+    less means no resampling; ``pick`` says which rows, see ``hierarchical_kmeans``. Where so many clusters are
+    empty that fewer rows than clusters would be chosen, the runs end. Labels are not kept:
     ``assign_part`` gives them, part by part, from what is returned. Goes on where ``trail`` says that it stood, to the
     same bits; on another ``device`` than the CPU it must have memories, see ``fit``. This process holds centroids and
     sums, and what ``resample`` holds; the rows stay on the workers. Raises ValueError for what k-means refuses and for
@@ -340,6 +341,8 @@ def fit_level(
         known = trail.run(0) if run == 1 or device.name != CPU.name else NO_TRAIL
         key, members, step = (*seed_key, run), members_of(parts, known), step_of(state, device)
         chosen = resample(members, step, size, executor, key if pick == "random" else None)
+        if sum(part.n_rows for part in chosen) < min(n_clusters, n_rows):
+            break
         state = fit(chosen, n_clusters, key, executor, how, trail.run(run), device)
     return state.centroids
 

@@ -627,6 +627,8 @@ def with_far_rows(
     """The MOST_FAR farthest of what there was and of the rows of a block; of equal distances the earlier ones."""
     least = far.sq_distance[-1] if len(far.sq_distance) == MOST_FAR else np.float32(0)
     rows = np.flatnonzero(sq_distance > least)
+    if weights is not None:
+        rows = rows[weights[rows] > 0]  # others would fill no cluster
     if len(rows) > MOST_FAR:
         rows = np.sort(rows[np.argsort(-sq_distance[rows], kind="stable")[:MOST_FAR]])
     if not len(rows):

@@ -30,8 +30,8 @@ def run(config: AssignConfig, inputs: Inputs, out: Output, executor: Executor) -
     """Write the level-0 label and squared distance of every new row; facts tell its drift from the rows of the
     hierarchy, which may itself come from this stage.
 
-    A task holds a part and the centroids of level 0, as in ``cluster``; the drift is counted in tasks that hold the
-    clusters of level 0, 8 bytes each, and reckoned in one that holds about 100.
+    A task holds a part and all centroids of level 0, also where ``cluster`` made them in two steps; the drift is
+    counted in tasks that hold the clusters of level 0, 8 bytes each, and reckoned in one that holds about 100.
     """
     embeddings, tree = inputs["embeddings"], inputs["hierarchy"]
     check_vectors(embeddings, tree)
@@ -43,10 +43,12 @@ def run(config: AssignConfig, inputs: Inputs, out: Output, executor: Executor) -
     tasks = label_tasks("part", parts, out.scratch("labels-0"), device)
     label_all(tasks, centroids_of_level(tree, 0), out, executor, device)
     out.facts |= {name: tree.facts[name] for name in ("n_clusters", "width", "backbone")}
-    if tree.facts["n_clusters"][0] >= coarse.COARSE_FROM:
-        found = agreement(tasks, level_parts(out, 0), out.location, executor)
-        out.facts["agreement"] = {**tree.facts["agreement"], "0": found}
     n_clusters = tree.facts["n_clusters"]
+    agreements = {level: share for level, share in tree.facts.get("agreement", {}).items() if level != "0"}
+    if n_clusters[0] >= coarse.COARSE_FROM:
+        agreements["0"] = agreement(tasks, level_parts(out, 0), out.location, executor)
+    if agreements:
+        out.facts["agreement"] = agreements
     spreads = {
         "old": spread_of([tree.part(i) for i in range(len(tree.parts))], n_clusters[0], executor),
         "new": spread_of([out.location / task.name for task in tasks], n_clusters[0], executor),
@@ -103,7 +105,7 @@ def drift_of(old: Spread, new: Spread, config: AssignConfig, tree: Artifact) -> 
 
 
 STAGE = Stage(
-    version=1,
+    version=2,
     config=AssignConfig,
     run=run,
     reads={"embeddings": ("embed",), "hierarchy": ("cluster",)},

@@ -41,6 +41,7 @@ from pipelines.stages.split import Job, Plan, job_of, labels_of_part, read_centr
 from pipelines.stages.trails import FileLevel, place_for_labels
 
 CENTROID_ROWS = 65_536  # centroids of one file
+N_COUNTS = 64  # tasks that count the rows of clusters: each holds a number for all of them
 AGREEMENT_PARTS, AGREEMENT_ROWS = 16, 256  # parts, and rows of each, that tell how right a coarse assignment is
 
 
@@ -85,8 +86,10 @@ def run(config: ClusterConfig, inputs: Inputs, out: Output, executor: Executor) 
             agreements[t] = agreement(tasks, centroids, out.location, executor)
         if config.weights == "size" and t + 1 < len(config.n_clusters):
             labelled = [(out.location / task.name, part) for task, part in zip(tasks, counted, strict=True)]
-            count = partial(rows_below_part, n_clusters=made[t])
-            weights = executor.reduce(count, labelled, operator.add)
+            height = -(-len(labelled) // N_COUNTS)
+            some = [labelled[start : start + height] for start in range(0, len(labelled), height)]
+            count = partial(rows_below_parts, n_clusters=made[t])
+            weights = executor.reduce(count, some, operator.add, fan_in=2)
         parts = centroids
     out.files += describe_centroids(out, executor)
     out.facts |= {"n_clusters": made, "width": embeddings.facts["width"], "backbone": embeddings.facts["backbone"]}
@@ -139,7 +142,7 @@ def split_and_label(
 ) -> list[EmbeddingsPart]:
     """The same in two steps, by ``n_splits``."""
     parts = [task.part for task in tasks]
-    job = job_of(config, level, parts, out.scratch(f"level-{level}"), device)
+    job = job_of(config, level, parts, out.scratch(f"level-{level}"), device, executor)
     plan = split_level(job, parts, executor)
     if not level_parts(out, level):
         k = int(plan.offsets[-1])
@@ -168,12 +171,14 @@ def label_split_part(numbered: tuple[int, LabelTask], out: Location, job: Job, p
     return told(write_labels(out / task.name, task.part, *found), task.part.n_rows, job.device)
 
 
-def rows_below_part(labelled: tuple[Location, Rows], n_clusters: int) -> np.ndarray:
-    """What one part adds to the rows of the pool below each cluster, int64 (n_clusters,): a file of labels, and what is
-    labelled there."""
-    location, part = labelled
-    labels: np.ndarray = read_table(location, ["label"])["label"].to_numpy()
-    return rows_below(labels, n_clusters, weights_of(part))
+def rows_below_parts(labelled: Sequence[tuple[Location, Rows]], n_clusters: int) -> np.ndarray:
+    """What parts add to the rows of the pool below each cluster, int64 (n_clusters,): files of labels, and what is
+    labelled there. Holds two such arrays."""
+    total = np.zeros(n_clusters, np.int64)
+    for location, part in labelled:
+        labels = read_table(location, ["label"])["label"].to_numpy()
+        total += rows_below(labels, n_clusters, weights_of(part))
+    return total
 
 
 def level_parts(out: Output, level: int) -> list[EmbeddingsPart]:

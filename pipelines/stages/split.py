@@ -88,9 +88,13 @@ class Job:
         )  # fmt: skip
 
 
-def job_of(config: ClusterConfig, level: int, parts: Sequence[EmbeddingsPart], folder: Location, device: Device) -> Job:
+def job_of(
+    config: ClusterConfig, level: int, parts: Sequence[EmbeddingsPart], folder: Location, device: Device,
+    executor: Executor,
+) -> Job:  # fmt: skip
     """The job of a level over ``parts``."""
-    stored, width = stored_form(parts[0].location)
+    forms = list(executor.map(stored_form, [part.location for part in parts]))
+    width, stored = forms[0][1], max((dtype for dtype, _ in forms), key=lambda dtype: dtype.itemsize)
     return Job(config, level, folder, np.array([part.first for part in parts]), stored, width, parts[0].unit, device)
 
 
@@ -112,7 +116,7 @@ class Plan(NamedTuple):
 
 
 def split_level(job: Job, parts: Sequence[EmbeddingsPart], executor: Executor) -> Plan:
-    """Leave centroids and labels of a level in scratch. This process holds O(first clusters) and O(parts)."""
+    """Leave centroids and labels of a level in scratch. This process holds what ``fit`` of the first clusters does."""
     names = [raw_name(i) for i in range(len(parts))]
     label_first(job, parts, names, executor)
     first = [job.folder / "first" / name for name in names]
@@ -186,7 +190,7 @@ def split_piece(piece: int, job: Job, plan: Plan) -> None:
                 continue
             rows = ArrayRows(x[at])
             begin, end = plan.offsets[[cluster, cluster + 1]].tolist()
-            found = job.fit([rows], end - begin, cluster, SerialExecutor(), HeldLevel())
+            found = check_made(job.fit([rows], end - begin, cluster, SerialExecutor(), HeldLevel()), end - begin)
             near, labels["sq_distance"][at] = assign_part(rows, found, job.device)
             labels["label"][at] = near + begin
             centroids.append(found)
@@ -194,6 +198,12 @@ def split_piece(piece: int, job: Job, plan: Plan) -> None:
     to = range_at(job.starts, labels["row"])
     write_shuffle(job.folder / "labels" / raw_name(piece), labels, to, len(job.starts))
     (job.folder / "centroids" / raw_name(piece)).write(np.concatenate(centroids).tobytes())
+
+
+def check_made(centroids: np.ndarray, n: int) -> np.ndarray:
+    """The centroids, n of them: those of the clusters behind are numbered on."""
+    assert len(centroids) == n, f"a first cluster must be split into {n}: got {len(centroids)}"
+    return centroids
 
 
 def gather_rows(job: Job, first: int, last: int, plan: Plan, aside: Path | None) -> tuple[np.ndarray, np.ndarray]:
@@ -247,7 +257,8 @@ def split_large(piece: int, job: Job, plan: Plan, executor: Executor) -> None:
     held = stored(executor, job)
     rows = [SentRows(held, number, cluster, n) for number, n in enumerate(counts) if n]
     begin, end = plan.offsets[[cluster, cluster + 1]].tolist()
-    found = job.fit(rows, end - begin, cluster, executor, FileLevel(job.folder / f"large-{cluster}"))
+    trail = FileLevel(job.folder / f"large-{cluster}")
+    found = check_made(job.fit(rows, end - begin, cluster, executor, trail), end - begin)
     members = members_of(rows, place_for_labels(job.folder / f"large-{cluster}" / "labels", job.device))
     folder = job.folder / f"labels-{piece:07d}"
     work = partial(label_large, folder=folder, begin=begin)

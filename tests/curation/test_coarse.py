@@ -98,3 +98,10 @@ def test_k_means_goes_through_groups_from_a_number_of_clusters_on(monkeypatch):
     assert through.objective <= 1.01 * exact.objective
     fitted = kmeans(x, 500, np.random.default_rng(0))
     np.testing.assert_array_equal(fitted.labels, assign_part(ArrayRows(x), fitted.centroids)[0])
+
+
+def test_rows_whose_products_overflow_get_a_centroid_that_is_there():
+    c, x = mixture(0, 900), mixture(1, 200)
+    with np.errstate(over="ignore", invalid="ignore"):
+        labels = CoarseTarget(group_centroids(c * np.float32(1e20))).assign(x * np.float32(1e20))[0]
+    assert labels.min() >= 0 and labels.max() < 900

@@ -665,3 +665,15 @@ def test_labels_of_a_gpu_must_have_a_place():
         sums_of_parts([Member(ArrayRows(x), HeldTrail().memory(0))], step)
     none = sums_of_parts([Member(ArrayRows(x[:0]))], step)
     assert none.sizes.sum() == 0
+
+
+def test_rows_without_weight_take_no_place_among_the_farthest(monkeypatch):
+    monkeypatch.setattr(module, "MOST_FAR", 5)
+    x = blobs(3)[:300]
+    weights = np.r_[np.ones(290, np.int64), np.zeros(10, np.int64)]
+    x[290:] += 100  # the farthest
+    step = Step(x[:20], collects_far=True)
+    found = sums_of_parts([Member(part) for part in weighted([ArrayRows(x)], Here(weights))], step)
+    sq_distance = nearest_centroid(x[:290], x[:20])[1]
+    np.testing.assert_array_equal(found.far.x, x[np.argsort(-sq_distance, kind="stable")[:5]])
+    assert np.all(found.far.weights == 1)

@@ -190,20 +190,65 @@ def test_it_goes_on_after_any_stop_with_the_same_bytes(tiny, tmp_path, monkeypat
     assert stops.count("step") > 8 and len(set(stops)) > (8 if most > 1 else 6)
 
 
-def test_the_objective_is_near_that_of_one_k_means_and_lower_than_with_equal_shares(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(80, 16))[rng.integers(80, size=6000)] + 0.3 * rng.normal(size=(6000, 16))
-    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype("f4")
-    place = Location(str(tmp_path / "vectors"))
-    files = [write_embeddings(place / part_name(i), np.arange(2000), some) for i, some in enumerate(np.split(x, 3))]
-    facts = {"width": 16, "backbone": {"name": "none"}}
-    head = {"stage": "embed", "version": 1, "fingerprint": "", "config": {}, "inputs": {}, "counts": {"rows": 6000}}
+def written(folder, parts) -> Artifact:
+    """Unit rows, a list of parts, as embeddings."""
+    place = Location(str(folder))
+    files = [write_embeddings(place / part_name(i), np.arange(len(x)), x) for i, x in enumerate(parts)]
+    counts = {"rows": sum(map(len, parts))}
+    facts = {"width": parts[0].shape[1], "backbone": {"name": "none"}}
+    head = {"stage": "embed", "version": 1, "fingerprint": "", "config": {}, "inputs": {}, "counts": counts}
     finish(place, files, {**head, "facts": facts, "numerics": {}})
+    return Artifact(place)
+
+
+def unit_mixture(seed, n, width=16, n_groups=80) -> np.ndarray:
+    """Unit rows float32 (n, width)."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n_groups, width))[rng.integers(n_groups, size=n)] + 0.3 * rng.normal(size=(n, width))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype("f4")
+
+
+def check_labels(out, x, n_parts) -> None:
+    """Every row has a centroid that is there, at the distance that is told."""
+    labels, sq_distance = labels_of(out.location.path, n_parts)
+    centroids = centroids_of(out.location.path)
+    assert out.facts["n_clusters"][0] == len(centroids) > labels.max()
+    found = ((x.astype("f8") - centroids[labels]) ** 2).sum(1)
+    np.testing.assert_allclose(found, sq_distance, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), None])
+@pytest.mark.parametrize("most", [1 << 28, 1])
+def test_equal_rows_leave_as_many_centroids_as_labels_count_on(tmp_path, monkeypatch, sizes, most):
+    monkeypatch.setattr(module, "PIECE_BYTES", most)
+    monkeypatch.setattr(module, "ALONE_BYTES", most)
+    x = np.concatenate([unit_mixture(0, 60, n_groups=60)[np.arange(3000) % 60], unit_mixture(1, 60)])
+    embeddings = written(tmp_path / "vectors", np.split(x, [1000]))
+    config = ClusterConfig(n_clusters=(200, 6), n_splits=(20, 1), n_resamples=2, resample_size=sizes)
+    out = Output(Location(str(tmp_path / "tree")), LocalExecutor())
+    run(config, {"embeddings": embeddings}, out, LocalExecutor())
+    assert out.facts["n_clusters"] == [200, 6] or sizes is None
+    check_labels(out, x, 2)
+
+
+@pytest.mark.parametrize("first", [np.float16, np.float32])
+def test_parts_of_both_lengths_of_float_are_sent_as_they_are(tmp_path, first):
+    x = unit_mixture(0, 1000)
+    halves = [half.astype(kind) for half, kind in zip(np.split(x, 2), (first, np.float32), strict=True)]
+    out = Output(Location(str(tmp_path / "tree")), LocalExecutor())
+    config = ClusterConfig(n_clusters=(60,), n_splits=(10,), n_resamples=0)
+    embeddings = written(tmp_path / "vectors", halves)
+    run(config, {"embeddings": embeddings}, out, LocalExecutor())
+    check_labels(out, np.concatenate([part.read()[1] for part in embedding_parts(embeddings)]), 2)
+
+
+def test_the_objective_is_near_that_of_one_k_means_and_lower_than_with_equal_shares(tmp_path, monkeypatch):
+    embeddings = written(tmp_path / "vectors", np.split(unit_mixture(0, 6000), 3))
 
     def fitted(n_splits, name):
         config = ClusterConfig(n_clusters=(300,), n_splits=(n_splits,), n_resamples=0)
         out = Output(Location(str(tmp_path / name)), LocalExecutor())
-        run(config, {"embeddings": Artifact(place)}, out, LocalExecutor())
+        run(config, {"embeddings": embeddings}, out, LocalExecutor())
         return labels_of(tmp_path / name, 3)[1].sum(), out.facts.get("agreement", {}).get("0", 1)
 
     found = {n: fitted(n, str(n)) for n in (1, 5, 20)}
