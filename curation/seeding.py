@@ -17,6 +17,7 @@ COARSE_ROWS = 64  # rows that the first round sees for every cell
 GROWTH = 0.25  # rows of a round, of those chosen before: in larger rounds cells choose what their neighbours have
 PROPOSED = 2.0  # rows that cells offer for one that is taken: as greedy k-means++ takes the best wherever it lies
 BLOCK_ROWS = 4096
+COPIED_BYTES = 1 << 26  # of rows that are copied in the order of their cells
 EMPTY = np.empty(0)
 
 
@@ -26,9 +27,9 @@ def seed_rows(
     """Rows int64 (k,) of x float32 (n, d) to start k-means from.
 
     weights: numbers (n,), at least 0, that squared distances are multiplied by, as if each row stood there so often;
-    None: all 1. A row is chosen twice only where all others (of a weight above 0) coincide with chosen ones. Holds 40
-    bytes a row, and a copy of x for k below CELLS_FROM. Takes n * d * k products, and in the choices up to
-    2 * PER_CELL * (2 + ln k) * n * d; for k below CELLS_FROM n * d * k * (2 + ln k).
+    None: all 1. A row is chosen twice only where all others (of a weight above 0) coincide with chosen ones. Holds 44
+    bytes a row, and a copy of x where it has at most COPIED_BYTES, or for k below CELLS_FROM. Takes n * d * k products,
+    and in the choices up to 2 * PER_CELL * (2 + ln k) * n * d; for k below CELLS_FROM n * d * k * (2 + ln k).
     """
     if n_clusters < CELLS_FROM:
         return kmeans_plus_plus(x, n_clusters, rng, weights)
@@ -46,17 +47,25 @@ def seed_rows(
 
 
 class Cells:
-    """Rows sorted by the cell they lie in, and how far each is from the nearest chosen row. The rows themselves stay
-    where they are: a cell is copied while it is looked at."""
+    """Rows sorted by the cell they lie in, and how far each is from the nearest chosen row. Where all have more than
+    COPIED_BYTES they stay where they are, and a cell is copied while it is looked at."""
 
     def __init__(self, x: np.ndarray, chosen: np.ndarray, weights: np.ndarray | None = None) -> None:
         labels, nearest = nearest_of(x, x[chosen])
         self.order = np.argsort(labels, kind="stable")  # int64 (n,): rows of x
         self.x, self.shift = x, x.mean(axis=0)
+        self.sorted = self._seen(slice(0, len(x))) if x.nbytes <= COPIED_BYTES else None
+        cells = (self._seen(slice(start, start + BLOCK_ROWS)) for start in range(0, len(x), BLOCK_ROWS))
+        self.norms = np.concatenate([np.einsum("nd,nd->n", some, some) for some in cells])
         self.nearest = nearest[self.order]  # float32 (n,), squared
         self.weights = at(weights, self.order)
         self.starts = np.concatenate([[0], np.cumsum(np.bincount(labels, minlength=len(chosen)))])
         self.chosen = np.argsort(self.order)[chosen]  # places
+
+    def _seen(self, own: slice) -> np.ndarray:
+        """Rows by their places, from their mean on."""
+        seen: np.ndarray = self.x[self.order[own]] - self.shift
+        return seen
 
     def choose(self, n: int, n_candidates: int, rng: np.random.Generator) -> np.ndarray:
         """At most n more places, int64: fewer where no row is left in a cell that differs from a chosen one."""
@@ -77,8 +86,8 @@ class Cells:
         than the one before it, so that the best of several cells begin where each begins."""
         first, last = self.starts[[cell, cell + 1]].tolist()
         own = slice(first, last)
-        x = self.x[self.order[own]] - self.shift
-        norms, nearest, weights = np.einsum("nd,nd->n", x, x), self.nearest[own], at(self.weights, own)
+        x = self._seen(own) if self.sorted is None else self.sorted[own]
+        norms, nearest, weights = self.norms[own], self.nearest[own], at(self.weights, own)
         costs = weighed(nearest, weights)
         places, sums = list[int](), [float(costs.sum(dtype=np.float64))]
         while len(places) < n and costs.any():

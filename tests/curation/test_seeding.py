@@ -146,3 +146,10 @@ def test_cells_share_by_weight():
         cells = module.Cells(x, np.array([0, 500]), weights)
         new = cells.order[cells.choose(20, 5, np.random.default_rng(0))]
         assert abs((new < 500).sum() - n_heavy) <= 2
+
+
+def test_rows_that_are_not_copied_give_the_same_seeds(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(4000, 12)).astype("f4") + 3
+    copied = seed_rows(x, 400, np.random.default_rng(1))
+    monkeypatch.setattr(module, "COPIED_BYTES", 0)
+    np.testing.assert_array_equal(seed_rows(x, 400, np.random.default_rng(1)), copied)
