@@ -4,14 +4,14 @@ Centroids lie in about 4 * sqrt(k) groups, those of a small k-means of the centr
 of all groups, with the centroids of the ``N_PROBES`` nearest ones, and then with those of every group that may have a
 better one than was found: so a row of a tight cluster meets few centroids and one of a wide cluster many, and the cost
 of a row grows about like the square root of k. What a group may have is not a bound, which no row of many dimensions
-could use, but measured on centroids that stand for rows. How often the nearest of all is found, ``n_agreeing`` tells.
+could use, but measured on centroids that stand for rows.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from curation.nearest import Target, assign, nearest_centroid
+from curation.nearest import Target, assign
 
 GROUP_SIZE = 0.25  # centroids of a group, on average, in square roots of k
 GROUP_STEPS = 4  # of the k-means of the centroids ...
@@ -196,9 +196,3 @@ class CoarseTarget:
             panels.reshape(-1), self._tiles.reshape(-1), self._half, starts, limits, score, second, columns, x.shape[1]
         )
         loops_kmeans.raise_best(rows, score[places], groups.order[columns[places]], best, labels)
-
-
-def n_agreeing(x: np.ndarray, target: CoarseTarget) -> int:
-    """How many rows get a centroid as near as the nearest of all."""
-    exact = nearest_centroid(x, target.groups.centroids)[1]
-    return int(np.sum(target.assign(x)[1] <= exact))

@@ -18,26 +18,18 @@ from curation.kmeans import (
     METRICS,
     NO_TRAIL,
     TOLERANCE,
-    ArrayRows,
     HeldTrail,
     Lloyd,
-    Member,
     NoTrail,
-    Rows,
     State,
-    Step,
-    SubsetRows,
     Trail,
-    assign_member,
-    assign_part,
     checked_rows,
     fit,
     members_of,
     step_of,
-    step_shared,
-    weighted,
-    weights_of,
 )
+from curation.labelling import Member, Step, assign_member, assign_part, step_shared
+from curation.rows import ArrayRows, Rows, SubsetRows, weighted, weights_of
 
 RESAMPLE = ("closest", "random")
 WEIGHTS = ("equal", "size")

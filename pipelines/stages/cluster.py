@@ -20,19 +20,9 @@ from curation.coarse import CentroidGroups
 from curation.embeddings import EmbeddingsPart, covered_rows, embedding_parts, read_embeddings, write_embeddings
 from curation.execute import CPU, Device, Executor, Ref
 from curation.hierarchy import ClusterConfig, fit_level, rows_below
-from curation.kmeans import (
-    Member,
-    Memory,
-    Rows,
-    Step,
-    SubsetRows,
-    assign_member,
-    step_shared,
-    step_to,
-    weighted,
-    weights_of,
-)
+from curation.labelling import Member, Memory, Step, assign_member, step_shared, step_to
 from curation.nearest import nearest_centroid
+from curation.rows import Rows, SubsetRows, weighted, weights_of
 from curation.store import Location
 from pipelines.errors import UserError
 from pipelines.stage import Inputs, Output, Stage, Timed

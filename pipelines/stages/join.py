@@ -40,8 +40,8 @@ from curation.cells import (
 from curation.checks import check_unit_rows
 from curation.embeddings import BLOCK_ROWS, read_embeddings, stored_form, stored_norms
 from curation.execute import Device, Executor, Ref, on_worker
-from curation.kmeans import sample_counts
 from curation.neighbors import NeighborsConfig
+from curation.seed_sample import sample_counts
 from curation.shuffle import Bounds, read_bounds, read_range, read_shuffle, write_groups, write_shuffle
 from curation.signatures import WORDS, limits_at, signatures
 from curation.store import Location

@@ -16,8 +16,8 @@ from curation.artifact import part_name, read_table, write_table
 from curation.cells import allowed_misses, nearest_cells, needed_nprobe, recall_at
 from curation.embeddings import BLOCK_ROWS
 from curation.execute import Executor, Ref
-from curation.kmeans import sample_counts
 from curation.neighbors import Neighbors, NeighborsConfig, merge_block, merge_candidates
+from curation.seed_sample import sample_counts
 from curation.signatures import Limits, signatures, within_limits
 from curation.store import Location
 from pipelines.errors import UserError

@@ -19,20 +19,9 @@ from curation.coarse import CentroidGroups
 from curation.embeddings import EmbeddingsPart, read_embeddings, row_norms, stored_form
 from curation.execute import Device, Executor, Ref, SerialExecutor, stored
 from curation.hierarchy import ClusterConfig, HeldLevel, LevelTrail, fit_level
-from curation.kmeans import (
-    BLOCK_ROWS,
-    ArrayRows,
-    Member,
-    Rows,
-    Step,
-    assign_member,
-    assign_part,
-    fit,
-    members_of,
-    step_of,
-    step_shared,
-    step_to,
-)
+from curation.kmeans import fit, members_of, step_of
+from curation.labelling import Member, Step, assign_member, assign_part, step_shared, step_to
+from curation.rows import BLOCK_ROWS, ArrayRows, Rows
 from curation.shuffle import read_bounds, read_range, read_shuffle, write_shuffle
 from curation.split import cut_pieces, split_shares
 from curation.store import Location

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from curation.artifact import Artifact, read_table
 from curation.execute import on_worker
-from curation.kmeans import assign_part
+from curation.labelling import assign_part
 from curation.retrieve import RetrieveConfig
 from curation.store import Location
 from pipelines.stages.retrieval.clusters import centroids_of_level

@@ -24,8 +24,9 @@ from common import arguments, peak_mb, report
 from threadpoolctl import threadpool_limits
 
 from curation.hierarchy import HeldLevel, fit_level
-from curation.kmeans import TOLERANCE, ArrayRows, Lloyd, fit
+from curation.kmeans import TOLERANCE, Lloyd, fit
 from curation.nearest import nearest_centroid
+from curation.rows import ArrayRows
 
 N_ROWS = 50_000
 LEVELS = ((1000, 25), (100, 5))  # clusters, rows kept of each

@@ -36,11 +36,12 @@ from common import arguments, below, most_mb, peak_mb, report
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from curation.artifact import describe, finish, part_name
-from curation.coarse import COARSE_FROM, CoarseTarget, group_centroids, n_agreeing
+from curation.coarse import COARSE_FROM, CoarseTarget, group_centroids
 from curation.embeddings import write_embeddings
 from curation.execute import Here, SerialExecutor, fold_tree, local_values
-from curation.kmeans import ArrayRows, HeldTrail, Lloyd, State, refine
+from curation.kmeans import HeldTrail, Lloyd, State, refine
 from curation.nearest import Target, assign, nearest_centroid
+from curation.rows import ArrayRows
 from curation.seeding import kmeans_plus_plus, seed_rows
 from curation.store import Location
 
@@ -243,7 +244,7 @@ def coarse_case(x: np.ndarray, seed: int) -> dict[str, Any]:
                 list(pool.map(target.assign, blocks))
         seconds.append(time.perf_counter() - begin)
         if k >= COARSE_FROM:
-            agreement = n_agreeing(some, target) / len(some)
+            agreement = float((target.assign(some)[1] <= nearest_centroid(some, centroids)[1]).mean())
     few, many = seconds
     return {
         "case": "coarse", "ours": many, "peer": few, "peer_name": f"ours, {COARSE_CLUSTERS[0]} clusters",

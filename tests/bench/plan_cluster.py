@@ -42,7 +42,9 @@ from bench_kmeans import COARSE_CLUSTERS, SHAPES, WIDTH
 from scipy.special import ndtri
 
 from curation.coarse import COARSE_FROM, GROUP_SAMPLE, GROUP_SIZE, GROUP_STEPS, N_QUERIES
-from curation.kmeans import BLOCK_ROWS, MOST_SUMS, Lloyd, seed_sample
+from curation.kmeans import MOST_SUMS, Lloyd
+from curation.rows import BLOCK_ROWS
+from curation.seed_sample import seed_sample
 from curation.seeding import CELLS_FROM, COARSE_ROWS, MIN_CELLS, PER_CELL
 from curation.split import cut_pieces, split_shares
 from pipelines.recipe import SHIPPED

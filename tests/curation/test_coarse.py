@@ -2,10 +2,16 @@ import numpy as np
 import pytest
 
 from curation import coarse as module
-from curation.coarse import CoarseTarget, group_centroids, n_agreeing
+from curation.coarse import CoarseTarget, group_centroids
 from curation.execute import SerialExecutor
-from curation.kmeans import ArrayRows, Lloyd, State, assign_part, kmeans, refine
+from curation.kmeans import Lloyd, State, kmeans, refine
+from curation.labelling import assign_part
 from curation.nearest import nearest_centroid
+from curation.rows import ArrayRows
+
+
+def n_agreeing(x, target):
+    return int(np.sum(target.assign(x)[1] <= nearest_centroid(x, target.groups.centroids)[1]))
 
 
 def mixture(seed, n, width=16):

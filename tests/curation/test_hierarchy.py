@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from curation import kmeans as module
+from curation import labelling as module
 from curation.execute import Device, Here, SerialExecutor, fold_tree
 from curation.hierarchy import (
     Chosen,
@@ -20,19 +20,10 @@ from curation.hierarchy import (
     resample,
     rows_below,
 )
-from curation.kmeans import (
-    ArrayRows,
-    Lloyd,
-    Member,
-    Step,
-    SubsetRows,
-    fit,
-    kmeans,
-    unit_rows,
-    weighted,
-    weights_of,
-)
+from curation.kmeans import Lloyd, fit, kmeans, unit_rows
+from curation.labelling import Member, Step
 from curation.nearest import nearest_centroid
+from curation.rows import ArrayRows, SubsetRows, weighted, weights_of
 
 
 def two_squares(rng, dense, sparse):

@@ -1,50 +1,15 @@
-import functools
-import itertools
-import pickle
-
 import numpy as np
 import pytest
+from blobs import blobs, cut, with_weights
 from sklearn.cluster import KMeans as SklearnKMeans
 
 from curation import kmeans as module
-from curation.execute import Device, Here, SerialExecutor
-from curation.kmeans import (
-    BLOCK_ROWS,
-    ArrayRows,
-    Draw,
-    HeldTrail,
-    Lloyd,
-    Member,
-    State,
-    Step,
-    SubsetRows,
-    Sums,
-    assign_part,
-    draw_rows,
-    fit,
-    full_blocks,
-    kmeans,
-    lloyd_step,
-    refine,
-    sample_counts,
-    seeds_of_sample,
-    sums_of_parts,
-    unit_rows,
-    weighted,
-    weights_of,
-)
+from curation.execute import SerialExecutor
+from curation.kmeans import HeldTrail, Lloyd, State, fit, kmeans, lloyd_step, refine, sums_of_parts, unit_rows
+from curation.labelling import Member, Step, assign_part
 from curation.nearest import nearest_centroid
-
-
-def blobs(seed, n=4000, width=8, n_blobs=30, spread=0.3):
-    rng = np.random.default_rng(seed)
-    return (
-        rng.normal(size=(n_blobs, width))[rng.integers(n_blobs, size=n)] + spread * rng.normal(size=(n, width))
-    ).astype("f4")
-
-
-def cut(x, cuts):
-    return [ArrayRows(piece) for piece in np.split(x, cuts)]
+from curation.rows import ArrayRows
+from curation.sums import Sums
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_blobs": 400, "spread": 0.05}, {"width": 2}, {"width": 64, "spread": 2}])
@@ -166,17 +131,6 @@ def test_parts_give_what_one_array_gives(n_parts):
     np.testing.assert_allclose(sq_distance.sum(), whole.sq_distance.sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("n_parts", [1, 5])
-def test_a_bounded_seeding_sample_costs_no_quality(n_parts, monkeypatch):
-    x = blobs(7, n=9000)
-    whole = np.mean([kmeans(x, 30, np.random.default_rng(s)).sq_distance.sum() for s in range(4)])
-    monkeypatch.setattr(module, "MIN_SEED_ROWS", 500)
-    parts = cut(x, np.arange(1, n_parts) * 9000 // n_parts)
-    fits = [fit(parts, 30, (s,), SerialExecutor()).centroids for s in range(4)]
-    sampled = np.mean([nearest_centroid(x, c)[1].sum() for c in fits])
-    assert sampled <= 1.05 * whole
-
-
 def test_sums_are_those_of_the_labels():
     x, c = blobs(8), blobs(9)[:40]
     total = Sums.merge(*(sums_of_parts([Member(part)], Step(c)) for part in cut(x, [1500])))
@@ -188,33 +142,6 @@ def test_sums_are_those_of_the_labels():
     np.testing.assert_allclose(total.sums, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_every_part_draws_from_its_own_key():
-    keys = []
-
-    class Recording(SerialExecutor):
-        def reduce(self, fn, items, *args, **kwargs):
-            keys.extend(item.key for item in items if isinstance(item, Draw))
-            return super().reduce(fn, items, *args, **kwargs)
-
-        def map(self, fn, items, *args, **kwargs):
-            keys.extend(item for item in items if getattr(fn, "func", fn) is seeds_of_sample)
-            return super().map(fn, items, *args, **kwargs)
-
-    for seed_key in ((5, 0), (5, 1)):
-        fit(cut(blobs(0), [1000, 2000, 3000]), 5, seed_key, Recording())
-    states = {tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys}
-    assert len(keys) == len(states) == 2 * (4 + 1)
-
-
-def test_the_seeding_sample_is_bounded_in_bytes_but_not_below_some_rows_a_cluster():
-    for k, width in itertools.product((1, 1000, 5000, 10_000, 100_000), (2, 256, 1024)):
-        n = module.seed_sample(k, width)
-        assert n >= module.MIN_SEED_ROWS and n >= module.LEAST_SEED_ROWS * k
-        assert n == max(module.MIN_SEED_ROWS, module.LEAST_SEED_ROWS * k) or 4 * width * n <= module.SEED_BYTES
-        assert n <= max(module.MIN_SEED_ROWS, module.SEED_ROWS_PER_CLUSTER * k)
-    assert module.seed_sample(10_000, 2) == 10_000 * module.SEED_ROWS_PER_CLUSTER
-
-
 def test_a_step_hands_on_a_bounded_number_of_sums(monkeypatch):
     parts = cut(blobs(0), np.arange(1, 20) * 150)
     whole = fit(parts, 30, (0,), SerialExecutor())
@@ -224,36 +151,6 @@ def test_a_step_hands_on_a_bounded_number_of_sums(monkeypatch):
     few = fit(parts, 30, (0,), SerialExecutor())
     np.testing.assert_allclose(few.centroids, whole.centroids, rtol=1e-5, atol=1e-5)
     assert few.n_done == whole.n_done
-
-
-def test_every_row_has_the_same_chance_to_be_in_the_sample():
-    sizes, total = [3, 0, 1, 50, 7, 1], np.zeros(6)
-    for seed in range(4000):
-        counts = sample_counts(sizes, 20, np.random.default_rng(seed))
-        assert sum(counts) == 20 and all(0 <= c <= size for c, size in zip(counts, sizes, strict=True))
-        total += counts
-    np.testing.assert_allclose(total / 4000, 20 * np.array(sizes) / 62, atol=0.04)
-    assert sample_counts(sizes, 62, np.random.default_rng(0)) == sizes
-    assert sum(sample_counts([10**10] * 3, 10**7, np.random.default_rng(0))) == 10**7
-
-
-@pytest.mark.parametrize("n_rows", [0, 1, BLOCK_ROWS - 1, BLOCK_ROWS, 3 * BLOCK_ROWS + 5])
-def test_blocks_are_cut_at_fixed_offsets(n_rows):
-    x = np.arange(2 * n_rows, dtype="f8").reshape(n_rows, 2)
-    for part, rows in [
-        (ArrayRows(x), np.arange(n_rows)),
-        (SubsetRows(ArrayRows(x), np.arange(1, n_rows, 3)), np.arange(1, n_rows, 3)),
-        (SubsetRows(ArrayRows(x), np.arange(0)), np.arange(0)),
-    ]:
-        blocks = list(pickle.loads(pickle.dumps(part)).blocks())
-        assert part.n_rows == len(rows) == sum(map(len, blocks))
-        assert all(len(b) == BLOCK_ROWS for b in blocks[:-1]) and all(b.dtype == np.float32 and len(b) for b in blocks)
-        np.testing.assert_array_equal(np.concatenate([np.empty((0, 2)), *blocks]), x[rows])
-
-
-def test_ragged_pieces_become_full_blocks():
-    pieces = [np.ones((n, 1), "f4") for n in (0, 4000, 0, 4096, 1, 95)]
-    assert [len(b) for b in full_blocks(pieces)] == [4096, 4096]
 
 
 @pytest.mark.parametrize(
@@ -405,10 +302,6 @@ def test_spherical_kmeans_sees_no_lengths():
     np.testing.assert_allclose(tiny, [[1, 0], [0.6, 0.8]], rtol=1e-6)
 
 
-def with_weights(parts, weights):
-    return weighted(parts, Here(weights))
-
-
 @pytest.mark.parametrize("empty", ["keep", "split"])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_weights_are_repeated_rows(metric, empty):
@@ -451,38 +344,6 @@ def test_rows_without_weight_move_nothing():
     assert moved.objective == 3 and assign_part(parts[0], moved.centroids)[0].tolist() == [0, 0, 1, 1]
 
 
-def test_weights_travel_with_their_rows():
-    weights = np.random.default_rng(0).integers(0, 2**40, 9000)
-    x = weights[:, None].astype("f4")
-    parts = with_weights(cut(x, [0, 5000]), weights)
-    np.testing.assert_array_equal(np.concatenate([weights_of(part) for part in parts]), weights)
-    rows = np.arange(3, 4000, 7)
-    picked = pickle.loads(pickle.dumps(SubsetRows(SubsetRows(parts[2], np.arange(4000)), rows)))
-    np.testing.assert_array_equal(weights_of(picked), weights[5000 + rows])
-    assert weights_of(ArrayRows(x)) is None and weights_of(SubsetRows(ArrayRows(x), rows)) is None
-    [drawn] = draw_rows(Draw(parts[1], 700, (3,)))
-    np.testing.assert_array_equal(np.concatenate(drawn.blocks)[:, 0], drawn.weights.astype("f4"))
-
-
-def test_first_centroids_have_weight():
-    x = np.arange(1000, dtype="f4")[:, None]
-    parts = with_weights(cut(x, [200, 500]), np.where(x[:, 0] % 100 == 99, 1, 0))
-    for seed in range(20):
-        start = module.seed_centroids(parts, 60, (seed,), SerialExecutor())[:, 0]
-        heavy = start % 100 == 99
-        assert len(np.unique(start[heavy])) == 10
-        assert len(np.unique(start[~heavy])) <= 1  # stands in when no row of weight is left
-
-
-def test_a_sample_of_rows_keeps_their_weights(monkeypatch):
-    monkeypatch.setattr(module, "MIN_SEED_ROWS", 500)
-    x = np.arange(4000, dtype="f4")[:, None]
-    parts = with_weights(cut(x, [200, 2500]), np.where(x[:, 0] < 3000, 0, 5))
-    for seed in range(20):
-        start = module.seed_centroids(parts, 10, (seed,), SerialExecutor())[:, 0]
-        assert (start >= 3000).all() and len(np.unique(start)) == 10
-
-
 def test_empty_clusters_take_the_farthest_rows_as_in_scikit_learn():
     x = blobs(3)[:2000]
     start = np.concatenate([x[:30], np.full((10, x.shape[1]), 50, "f4") + np.arange(10, dtype="f4")[:, None]])
@@ -497,30 +358,6 @@ def test_empty_clusters_take_the_farthest_rows_as_in_scikit_learn():
         assert len(np.unique(nearest_centroid(x, ours.centroids)[0])) == 40
 
 
-@pytest.mark.parametrize("n_parts", [1, 7])
-def test_the_farthest_rows_are_those_of_all_parts(n_parts, monkeypatch):
-    monkeypatch.setattr(module, "MOST_FAR", 25)
-    x, c = blobs(8), blobs(9)[:40]
-    parts = cut(x, np.arange(1, n_parts) * len(x) // n_parts)
-    step = Step(c, collects_far=True)
-    total = functools.reduce(Sums.merge, (sums_of_parts([Member(part)], step) for part in parts))
-    labels, sq_distance = nearest_centroid(x, c)
-    rows = np.argsort(-sq_distance, kind="stable")[:25]
-    np.testing.assert_array_equal(total.far.x, x[rows])
-    np.testing.assert_array_equal(total.far.labels, labels[rows])
-    np.testing.assert_array_equal(total.far.sq_distance, sq_distance[rows])
-
-
-def test_a_row_alone_in_its_cluster_is_not_taken_and_sums_stay_whole():
-    x = np.array([[0, 0], [1, 0], [100, 0], [4, 0]], "f4")
-    far = module.Far(x[[2, 3, 1]], np.array([9, 4, 1], "f4"), np.array([1, 0, 0], "i4"), np.ones(3, np.int64))
-    sums = np.array([[5.0, 0], [100, 0], [0, 0], [0, 0], [0, 0]])
-    total = Sums(sums, np.array([3, 1, 0, 0, 0]), 14.0, far).with_farthest()
-    assert total.sizes.tolist() == [1, 1, 1, 1, 0]
-    np.testing.assert_array_equal(total.sums[:, 0], [0, 100, 4, 1, 0])
-    assert sums[0, 0] == 5  # what came in is read-only on a cluster
-
-
 def test_the_objective_falls_when_empty_clusters_take_rows():
     x = blobs(5)
     start, objectives = State(np.repeat(x[:8], 10, axis=0)), []
@@ -531,149 +368,3 @@ def test_the_objective_falls_when_empty_clusters_take_rows():
     assert objectives == sorted(objectives, reverse=True)
     kept = refine([ArrayRows(x)], start, SerialExecutor(), Lloyd(n_iter=2, tol=0))
     assert objectives[1] < 0.8 * kept.objective
-
-
-GPU = Device("cpu:0", 0.25)  # what runs on a GPU, on this CPU
-
-
-class WithGpus(SerialExecutor):
-    """Sums do not go through what has GPUs; keeps the loads that do."""
-
-    def __init__(self):
-        self.loads = []
-
-    def map_workers(self, make, items, gpus=0):
-        assert gpus == GPU.gpus
-        self.loads.append([[member.part.n_rows for member in load] for load in items])
-        return super().map_workers(make, items, gpus)
-
-    def reduce(self, fn, items, merge, shared=None, fan_in=16, gpus=0):
-        assert not gpus
-        return super().reduce(fn, items, merge, shared, fan_in)
-
-
-def unlike(x, ours, theirs):
-    """Of labelled rows those whose two centroids are not as near, up to a part in 100,000."""
-    near, far = (((x.astype("f8") - centroids[labels]) ** 2).sum(1) for centroids, labels in (ours, theirs))
-    return np.flatnonzero((ours[1] != theirs[1]) & ~np.isclose(near, far, rtol=1e-5, atol=0))
-
-
-@pytest.mark.parametrize("shape", [{}, {"n_blobs": 400, "spread": 0.05}, {"width": 64, "spread": 2}])
-@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_a_gpu_takes_the_steps_of_a_cpu(shape, metric, monkeypatch):
-    x = blobs(1, **shape)
-    x = unit_rows(x) if metric == "cosine" else x
-    parts = with_weights(cut(x, [0, 700, 701, 2500]), np.random.default_rng(0).integers(0, 4, len(x)))
-    start, how = State(x[:60].copy()), Lloyd(tol=1e-4, metric=metric, empty="split")
-    expected = refine(parts, start, SerialExecutor(), how)
-    near = [assign_part(part, expected.centroids) for part in parts]
-    monkeypatch.setattr(module, "assign", None)  # what compares rows and centroids on a CPU
-    executor = WithGpus()
-    found = refine(parts, start, executor, how, HeldTrail(), GPU)
-    assert found.n_done == expected.n_done > 5 and found.done == expected.done
-    np.testing.assert_allclose(found.centroids, expected.centroids, atol=1e-5)
-    np.testing.assert_allclose(found.objective, expected.objective, rtol=1e-6)
-    assert executor.loads == [[[700, 1, 1799, 1500]]] * found.n_done  # all that keep a GPU busy at once
-    for part, (labels, sq_distance) in zip(parts, near, strict=True):
-        ours, distance = assign_part(part, found.centroids, GPU)
-        rows = part.part.x
-        assert not len(unlike(rows, (found.centroids, ours), (expected.centroids, labels)))
-        assert (ours.dtype, distance.dtype) == (np.int32, np.float32)
-        np.testing.assert_allclose(distance, sq_distance, rtol=1e-4, atol=1e-6)
-
-
-def test_rows_meet_a_gpu_many_at_a_time(monkeypatch):
-    """Blocks are joined across parts, and labels come back to theirs."""
-    monkeypatch.setattr(module, "ROWS", 10_000)
-    x, c = blobs(2, n=31_000), blobs(3)[:20]
-    parts = cut(x, [0, 200, 9000, 9900, 26_000])
-    trail, executor, heights = HeldTrail(), WithGpus(), []
-    assign_rows = module.TorchTarget.assign
-    monkeypatch.setattr(
-        module.TorchTarget, "assign", lambda self, rows: heights.append(len(rows)) or assign_rows(self, rows)
-    )
-    step = module.step_to(c, GPU)
-    members = module.members_of(parts, trail)
-    shared = module.step_shared(step, executor, members)
-    assert executor.loads == [[[200, 8800, 900, 16_100], [5000]]] and sum(heights) == len(x)
-    assert all(5000 <= height <= 10_000 for height in heights) and len(heights) == 4
-    for member in members[1:]:
-        labels, sq_distance = module.assign_member(member, shared["step"].get())
-        expected, least = nearest_centroid(member.part.x, c)
-        np.testing.assert_array_equal(labels, expected)
-        np.testing.assert_array_equal(sq_distance, least)
-    module.step_shared(step, executor, members)
-    assert len(heights) == 4  # they are all labelled
-    trail.memory(3).tag = b""
-    module.step_shared(step, executor, members)
-    assert len(heights) == 7  # its load is labelled again, in the same blocks
-
-
-def test_labels_that_are_known_are_not_made_again(monkeypatch):
-    """A step that was broken off finds in memories what was done; so does one on a CPU."""
-    x = blobs(3, n=9000)
-    parts, start, trail = cut(x, [5000]), State(x[:50].copy()), HeldTrail()
-    first = refine(parts, start, SerialExecutor(), Lloyd(n_iter=1), trail)
-    expected = refine(parts, first, SerialExecutor(), Lloyd(n_iter=2), trail)
-    assign_rows, n_rows = module.assign, []
-    monkeypatch.setattr(module, "assign", lambda rows, *rest: n_rows.append(len(rows)) or assign_rows(rows, *rest))
-    trail.parts[0] = module.Held()
-    again = refine(parts, first, SerialExecutor(), Lloyd(n_iter=2), trail)
-    assert sum(n_rows) == 5000
-    for a, b in zip(again, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_bounds_of_other_centroids_are_not_believed():
-    x = blobs(3)
-    parts, start, trail = [ArrayRows(x)], State(x[:50].copy()), HeldTrail()
-    first = refine(parts, start, SerialExecutor(), Lloyd(n_iter=1), trail)
-    trail.parts[0] = module.Held(b"others", module.Bounds(np.zeros(len(x), np.int32), np.full(len(x), 99, "f4")))
-    found = refine(parts, first, SerialExecutor(), Lloyd(n_iter=2), trail)
-    np.testing.assert_array_equal(found.centroids, refine(parts, start, SerialExecutor(), Lloyd(n_iter=2)).centroids)
-
-
-def test_what_a_gpu_said_is_not_what_a_cpu_says():
-    """Labels are under the tag of what made them, so that none depends on what memories hold."""
-    x = blobs(4)
-    trail, step = HeldTrail(), module.step_to(x[:50].copy(), GPU)
-    members = module.members_of([ArrayRows(x)], trail)
-    module.step_shared(step, WithGpus(), members)
-    trail.memory(0).bounds.labels[:] = 7
-    labels, _ = module.assign_member(members[0], module.step_to(step.centroids))
-    np.testing.assert_array_equal(labels, nearest_centroid(x, step.centroids)[0])
-    assert trail.memory(0).tag == module.tag_of(step.centroids) != step.tag
-
-
-def test_a_run_may_go_on_without_its_gpu():
-    """And then with it again."""
-    x = blobs(5, n=3000)
-    parts, start, trail, how = cut(x, [1000]), State(x[:40].copy()), HeldTrail(), Lloyd(n_iter=12, tol=0)
-    expected, state = refine(parts, start, SerialExecutor(), how), start
-    for n_iter, device in [(3, GPU), (6, module.CPU), (9, GPU), (12, module.CPU)]:
-        state = refine(parts, state, SerialExecutor(), Lloyd(n_iter=n_iter, tol=0), trail, device)
-    assert state.n_done == expected.n_done == 12
-    np.testing.assert_array_equal(state.centroids, expected.centroids)
-
-
-def test_labels_of_a_gpu_must_have_a_place():
-    x = blobs(0)
-    with pytest.raises(ValueError, match="must have a memory to lie in: got a part without one"):
-        fit([ArrayRows(x)], 5, (0,), SerialExecutor(), device=GPU)
-    step = module.step_to(x[:5], GPU)
-    with pytest.raises(ValueError, match="labels made on cpu:0 must be in the memory of their part: they were lost"):
-        sums_of_parts([Member(ArrayRows(x), HeldTrail().memory(0))], step)
-    none = sums_of_parts([Member(ArrayRows(x[:0]))], step)
-    assert none.sizes.sum() == 0
-
-
-def test_rows_without_weight_take_no_place_among_the_farthest(monkeypatch):
-    monkeypatch.setattr(module, "MOST_FAR", 5)
-    x = blobs(3)[:300]
-    weights = np.r_[np.ones(290, np.int64), np.zeros(10, np.int64)]
-    x[290:] += 100  # the farthest
-    step = Step(x[:20], collects_far=True)
-    found = sums_of_parts([Member(part) for part in weighted([ArrayRows(x)], Here(weights))], step)
-    sq_distance = nearest_centroid(x[:290], x[:20])[1]
-    np.testing.assert_array_equal(found.far.x, x[np.argsort(-sq_distance, kind="stable")[:5]])
-    assert np.all(found.far.weights == 1)

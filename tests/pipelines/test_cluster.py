@@ -5,12 +5,14 @@ import hashlib
 import numpy as np
 import pytest
 
-from curation import kmeans
+from curation import kmeans, labelling
 from curation.embeddings import embedding_parts, read_embeddings
 from curation.execute import Device, Here, SerialExecutor
 from curation.hierarchy import ClusterConfig, fit_level, rows_below
-from curation.kmeans import ArrayRows, State, assign_part, weighted
+from curation.kmeans import State
+from curation.labelling import assign_part
 from curation.nearest import Bounds
+from curation.rows import ArrayRows, weighted
 from curation.store import Location
 from pipelines.errors import TaskError
 from pipelines.executor import LocalExecutor
@@ -41,6 +43,16 @@ def counted(monkeypatch):
     return steps
 
 
+def until_done(tiny, out):
+    """What ``cluster`` leaves when it is begun again after every stop."""
+    for _ in range(1000):
+        try:
+            return cluster(tiny, out)
+        except Stopped:
+            continue
+    raise AssertionError("it stopped a thousand times")
+
+
 def test_it_goes_on_after_every_step_with_the_same_bytes(tiny, tmp_path, monkeypatch, counted):
     expected = cluster(tiny, tmp_path / "undisturbed")
     n_steps = len(counted)
@@ -55,12 +67,7 @@ def test_it_goes_on_after_every_step_with_the_same_bytes(tiny, tmp_path, monkeyp
         raise Stopped
 
     monkeypatch.setattr(FileTrail, "save", save_and_stop)
-    for _ in range(1000):
-        try:
-            found = cluster(tiny, tmp_path / "disturbed")
-        except Stopped:
-            continue
-        break
+    found = until_done(tiny, tmp_path / "disturbed")
     assert found == expected
     assert len(counted) == n_steps  # none was done twice
     assert n_saved == n_steps + 6  # six runs were seeded
@@ -141,7 +148,7 @@ class WithGpus(LocalExecutor):
         self.on_gpus, self.work = [], []
 
     def map_workers(self, make, items, gpus=0):
-        assert gpus == GPU.gpus and make.func is kmeans.labeller
+        assert gpus == GPU.gpus and make.func is labelling.labeller
         self.on_gpus += [member.part.n_rows for load in items for member in load]
         return super().map_workers(make, items, gpus)
 
@@ -167,7 +174,7 @@ def test_gpus_leave_the_bytes_of_a_cpu(tiny, tmp_path, counted, by_torch, monkey
     expected = cluster(tiny, tmp_path / "cpu", config=config)
     n_steps = len(counted)
     monkeypatch.setattr(module, "device_of", lambda executor: GPU)
-    monkeypatch.setattr(kmeans, "assign", None)  # nor do tasks without a GPU compare anything
+    monkeypatch.setattr(labelling, "assign", None)  # nor do tasks without a GPU compare anything
     executor = WithGpus()
     assert cluster(tiny, tmp_path / "gpu", executor, config) == expected
     assert len(counted) == 2 * n_steps
@@ -210,12 +217,7 @@ def test_with_gpus_it_goes_on_after_any_stop_with_the_same_bytes(tiny, tmp_path,
 
     monkeypatch.setattr(FileTrail, "save", save_and_stop)
     monkeypatch.setattr(FileMemory, "save", remember_and_stop)
-    for _ in range(1000):
-        try:
-            found = cluster(tiny, tmp_path / "disturbed")
-        except Stopped:
-            continue
-        break
+    found = until_done(tiny, tmp_path / "disturbed")
     assert found == expected
     assert stops.count("state") > 12 and len(set(stops)) > 24
 

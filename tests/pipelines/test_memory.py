@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from tiny import EXTRA_STEPS, STEP_OF_STAGE, TRAIN, answer, noise_png, write_head
 
-from curation import cells, decontaminate, kmeans
+from curation import cells, decontaminate, seed_sample
 from curation.store import Location
 from pipelines.engine import run_recipe
 from pipelines.executor import LocalExecutor, Resources
@@ -89,7 +89,7 @@ def recipe(folder: Path) -> dict[str, Any]:
 
 def peak_of(tree: dict[str, Any], root: str, step: str, told: Any) -> None:
     """In a fresh process: run one step, tell the peak of the resident memory and what it was before, in MB."""
-    kmeans.MIN_SEED_ROWS = 512  # k-means seeds on a sample of bounded size: here both pools are above it
+    seed_sample.MIN_SEED_ROWS = 512  # k-means seeds on a sample of bounded size: here both pools are above it
     cells.GROUP_ROWS, cells.SLICE_ROWS, join.RUN_PAIRS = 512, 256, 512  # so are the pieces of a join
     split.PIECE_BYTES = split.ALONE_BYTES = 1 << 18  # and those of first clusters, or their parts
     cluster.AGREEMENT_ROWS = 16  # of 16 parts at most

@@ -5,13 +5,15 @@ import hashlib
 import numpy as np
 import pytest
 
-from curation import kmeans
+from curation import labelling
 from curation.artifact import Artifact, finish, part_name, read_table
 from curation.embeddings import embedding_parts, read_embeddings, write_embeddings
 from curation.execute import CPU, Device, SerialExecutor
 from curation.hierarchy import ClusterConfig, HeldLevel, fit_level
-from curation.kmeans import ArrayRows, assign_part, fit
+from curation.kmeans import fit
+from curation.labelling import assign_part
 from curation.nearest import nearest_centroid
+from curation.rows import ArrayRows
 from curation.split import split_shares
 from curation.store import Location
 from pipelines.executor import LocalExecutor
@@ -149,7 +151,7 @@ def test_gpus_leave_the_bytes_of_a_cpu(tiny, tmp_path, monkeypatch, most):
     monkeypatch.setattr(module, "ALONE_BYTES", most)
     cluster(tiny, tmp_path / "cpu")
     monkeypatch.setattr(stage, "device_of", lambda executor: GPU)
-    monkeypatch.setattr(kmeans, "assign", None)  # nothing is compared otherwise
+    monkeypatch.setattr(labelling, "assign", None)  # nothing is compared otherwise
     executor = WithGpus()
     out = cluster(tiny, tmp_path / "gpu", executor=executor)
     assert digests(tmp_path / "gpu") == digests(tmp_path / "cpu")

@@ -9,7 +9,7 @@ import numpy as np
 from curation.artifact import Artifact, read_table
 from curation.embeddings import EmbeddingsPart, covered_rows, read_embeddings
 from curation.execute import Executor, Ref, on_worker
-from curation.kmeans import assign_part
+from curation.labelling import assign_part
 from curation.retrieve import HIT, RetrieveConfig, hit_records, merge_hits, share_pairs
 from pipelines.errors import UserError
 from pipelines.stage import SCRATCH, make_aside
