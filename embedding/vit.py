@@ -1,11 +1,12 @@
 """The vision transformer: one class, from the ViT of DINO to that of DINOv3.
 
-Legend: B images, N tokens, P patches, R registers, D width, A attention heads, E width of a head,
-H x W the grid of patches. Token order everywhere: [CLS, registers, patches row-major].
+Legend: B images, N tokens, T tokens of all images of all views, P patches, R registers, D width, A attention heads,
+E width of a head, H x W the grid of patches. Token order everywhere: [CLS, registers, patches row-major].
 Needs torch alone.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,13 +72,13 @@ class QKV(nn.Module):
         self.weight = nn.Parameter(torch.empty(3 * d, d))
         self.bias = nn.Parameter(torch.empty(3 * d if config.key_bias else 2 * d)) if config.qkv_bias else None
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, 3D)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., 3D)."""
         bias: Tensor | None = self.bias
-        d = x_BND.shape[-1]
+        d = x.shape[-1]
         if bias is not None and len(bias) == 2 * d:
             bias = torch.cat([bias[:d], bias.new_zeros(d), bias[d:]])
-        return F.linear(x_BND, self.weight, bias)
+        return F.linear(x, self.weight, bias)
 
 
 class MLP(nn.Module):
@@ -88,9 +89,9 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.width, config.ffn_hidden)
         self.fc2 = nn.Linear(config.ffn_hidden, config.width)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x_BND)))
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
 
@@ -103,14 +104,33 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(config.width, config.ffn_hidden)
         self.down = nn.Linear(config.ffn_hidden, config.width)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        out: Tensor = self.down(F.silu(self.gate(x_BND)) * self.up(x_BND))
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return out
 
 
+class View(NamedTuple):
+    """Images of one size, whose tokens lie one image after the other in a flat (T, D)."""
+
+    n_images: int
+    n_tokens: int  # of an image
+    rope: Rope | None
+
+
+class Kept(NamedTuple):
+    """The tokens that take a branch under stochastic depth, in order of their views."""
+
+    rows_T: Tensor  # int64, of the flat tokens
+    gain_T1: Tensor  # float32: images over images kept, so that the expectation is the full branch
+    views: tuple[View, ...]  # what is kept, with fewer images
+
+
 class Block(nn.Module):
-    """x + ls1 * attention(norm1 x), then x + ls2 * ffn(norm2 x)."""
+    """x + ls1 * attention(norm1 x), then x + ls2 * ffn(norm2 x), on the flat tokens of all views at once.
+
+    Every product and norm runs once over all tokens, attention once a view: nothing is padded.
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -124,36 +144,48 @@ class Block(nn.Module):
         self.ffn = MLP(config) if config.ffn == "mlp" else SwiGLU(config)
         self.ls2 = nn.Parameter(torch.empty(d)) if scaled else None
 
-    def forward(self, x_BND: Tensor, rope: Rope | None = None, kept: Tensor | None = None) -> Tensor:
-        """One block. kept: int64 (2, n), the images that take the first and the second branch; None: all."""
+    def forward(self, x_TD: Tensor, views: Sequence[View], kept: Sequence[Kept] | None = None) -> Tensor:
+        """One block. kept: who takes the first and the second branch; None: all."""
         if kept is None:
-            x_BND = x_BND + self.attention_branch(x_BND, rope)
-            return x_BND + self.ffn_branch(x_BND)
-        gain = len(x_BND) / kept.shape[1]  # so that the expectation is the full branch
-        x_BND = _add_rows(x_BND, kept[0], gain * self.attention_branch(x_BND[kept[0]], rope))
-        return _add_rows(x_BND, kept[1], gain * self.ffn_branch(x_BND[kept[1]]))
+            x_TD = x_TD + self.attention_branch(x_TD, views)
+            return x_TD + self.ffn_branch(x_TD)
+        x_TD = _add_rows(x_TD, kept[0], self.attention_branch(x_TD[kept[0].rows_T], kept[0].views))
+        return _add_rows(x_TD, kept[1], self.ffn_branch(x_TD[kept[1].rows_T]))
 
-    def attention_branch(self, x_BND: Tensor, rope: Rope | None) -> Tensor:
-        """ls1 * attention(norm1 x), (B, N, D)."""
-        b, n, d = x_BND.shape
-        qkv_3BANE = self.qkv(self.norm1(x_BND)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+    def attention_branch(self, x_TD: Tensor, views: Sequence[View]) -> Tensor:
+        """ls1 * attention(norm1 x), (T, D)."""
+        per_view = self.qkv(self.norm1(x_TD)).split([view.n_images * view.n_tokens for view in views])
+        out = [self._attend(qkv_T3D, view) for qkv_T3D, view in zip(per_view, views, strict=True)]
+        return _scaled(self.proj(out[0] if len(out) == 1 else torch.cat(out)), self.ls1)
+
+    def _attend(self, qkv_T3D: Tensor, view: View) -> Tensor:
+        """Attention among the tokens of each image of one view, (T, D)."""
+        qkv_BN3AE = qkv_T3D.view(view.n_images, view.n_tokens, 3, self.heads, -1)
+        qkv_3BANE = qkv_BN3AE.permute(2, 0, 3, 1, 4)
         qk_2BANE, v_BANE = qkv_3BANE[:2], qkv_3BANE[2]
-        if rope is not None:
-            qk_2BANE = rotate(qk_2BANE, rope)
+        if view.rope is not None:
+            qk_2BANE = rotate(qk_2BANE, view.rope)
         out_BANE = F.scaled_dot_product_attention(qk_2BANE[0], qk_2BANE[1], v_BANE)
-        return _scaled(self.proj(out_BANE.transpose(1, 2).reshape(b, n, d)), self.ls1)
+        return out_BANE.transpose(1, 2).reshape(len(qkv_T3D), -1)
 
-    def ffn_branch(self, x_BND: Tensor) -> Tensor:
-        """ls2 * ffn(norm2 x), (B, N, D)."""
-        return _scaled(self.ffn(self.norm2(x_BND)), self.ls2)
+    def ffn_branch(self, x_TD: Tensor) -> Tensor:
+        """ls2 * ffn(norm2 x), (T, D)."""
+        return _scaled(self.ffn(self.norm2(x_TD)), self.ls2)
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x * scale
 
 
-def _add_rows(x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
-    return x.index_add(0, rows, y.to(x.dtype))
+def _add_rows(x: Tensor, kept: Kept, y: Tensor) -> Tensor:
+    return x.index_add(0, kept.rows_T, (y * kept.gain_T1).to(x.dtype))
+
+
+class Draws(NamedTuple):
+    """What a training forward draws at random for one view."""
+
+    kept: Tensor | None  # int64 (depth, 2, n): the images that take each branch of each block; None: all
+    rope_scales: tuple[float, ...] = (1.0,)  # of the coordinates: one for all blocks, or one a block
 
 
 class ViT(nn.Module):
@@ -201,15 +233,36 @@ class ViT(nn.Module):
         the rotary rescale (one draw for the whole batch) and of drop_path, needed in training when
         one of them is on, not read otherwise. Raises ValueError for shapes that do not fit.
         """
-        grid = self._grid(images_B3HW, mask)
-        if self.training and generator is None and (self.config.drop_path or self.config.rope_rescale):
+        draws = None if generator is None else [self.draw(len(images_B3HW), generator)]
+        return self.forward_views([images_B3HW], [mask], draws)[0]
+
+    def forward_views(
+        self,
+        views: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        draws: Sequence[Draws] | None = None,
+    ) -> list[Tokens]:
+        """Tokens of several batches of images, each of one size, in one pass: equal to a ``forward`` of each.
+
+        masks, draws: one of each view. Draws are read in training alone, and needed there when ``drop_path`` or
+        ``rope_rescale`` is on. Raises ValueError for shapes that do not fit.
+        """
+        masks = masks if masks is not None else [None] * len(views)
+        grids = [self._grid(images, mask) for images, mask in zip(views, masks, strict=True)]
+        if self.training and draws is None and (self.config.drop_path or self.config.rope_rescale):
             raise ValueError("a training forward with vit.rope_rescale or vit.drop_path must be given a generator")
-        x_BND = self._embed(images_B3HW, mask, grid)
-        rope = self._rope(grid, x_BND.device, generator) if self.pos_embed is None else None
-        kept = self._draw_kept(len(x_BND), generator, x_BND.device) if self.training else None
+        draws = draws if self.training and draws is not None else [Draws(None)] * len(views)
+        embedded = [self._embed(*each) for each in zip(views, masks, grids, strict=True)]
+        layouts = self._layouts([x.shape[:2] for x in embedded], grids, draws, views[0].device)
+        kept = _kept_tokens(layouts, [draw.kept for draw in draws])
+        x_TD = torch.cat([x.flatten(0, 1) for x in embedded])
         for i, block in enumerate(self.blocks):
-            x_BND = block(x_BND, rope, None if kept is None else kept[i])
-        x_BND = self.norm(x_BND)
+            x_TD = block(x_TD, layouts[min(i, len(layouts) - 1)], None if kept is None else kept[i])
+        sizes = [b * n for b, n in (x.shape[:2] for x in embedded)]
+        parts = self.norm(x_TD).split(sizes)
+        return [self._tokens(part.view(*x.shape[:2], -1)) for part, x in zip(parts, embedded, strict=True)]
+
+    def _tokens(self, x_BND: Tensor) -> Tokens:
         n_prefix = 1 + self.config.n_registers
         return Tokens(x_BND[:, 0], x_BND[:, 1:n_prefix], x_BND[:, n_prefix:])
 
@@ -234,12 +287,28 @@ class ViT(nn.Module):
         b = len(images)
         return torch.cat([cls_11D.expand(b, -1, -1), self.registers.expand(b, -1, -1), x_BPD], dim=1)
 
-    def _rope(self, grid: tuple[int, int], device: torch.device, generator: torch.Generator | None) -> Rope:
-        config, scale = self.config, 1.0
+    def _layouts(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        grids: Sequence[tuple[int, int]],
+        draws: Sequence[Draws],
+        device: torch.device,
+    ) -> list[tuple[View, ...]]:
+        """The views as a block sees them: one entry for all blocks, or one a block when their rotary tables differ."""
+        n = max(len(draw.rope_scales) for draw in draws)
+        layouts = []
+        for i in range(n):
+            scales = [draw.rope_scales[min(i, len(draw.rope_scales) - 1)] for draw in draws]
+            ropes = [self._rope(grid, device, scale) for grid, scale in zip(grids, scales, strict=True)]
+            layouts.append(tuple(View(b, t, rope) for (b, t), rope in zip(shapes, ropes, strict=True)))
+        return layouts
+
+    def _rope(self, grid: tuple[int, int], device: torch.device, scale: float) -> Rope | None:
+        if self.pos_embed is not None:
+            return None
+        config = self.config
         head_width, n_prefix = config.width // config.heads, 1 + config.n_registers
-        if self.training and config.rope_rescale and generator is not None:
-            u = torch.rand((), generator=generator, device=generator.device).item()
-            scale = config.rope_rescale ** (2 * u - 1)
+        if scale != 1:
             return rope_tables(grid, head_width, n_prefix, config.rope_base, scale=scale, device=str(device))
         key = (*grid, str(device))
         if key not in self._tables:
@@ -249,13 +318,45 @@ class ViT(nn.Module):
                 self._tables[key] = rope_tables(grid, head_width, n_prefix, config.rope_base, device=str(device))
         return self._tables[key]
 
-    def _draw_kept(self, b: int, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
-        """int64 (depth, 2, n): for each branch n = max(floor(B (1 - drop_path)), 1) images, without order."""
-        if not self.config.drop_path or generator is None:
-            return None
-        n = max(int(b * (1 - self.config.drop_path) + 1e-6), 1)
-        noise = torch.rand(self.config.depth, 2, b, generator=generator, device=generator.device)
-        return noise.argsort(dim=-1, stable=True)[..., :n].to(device, non_blocking=True)
+    def draw(self, n_images: int, generator: torch.Generator) -> Draws:
+        """The rotary rescale, and the images that take each branch: n = max(floor(B (1 - drop_path)), 1) of them.
+
+        On the generator's device. In evaluation nothing is drawn from it.
+        """
+        config, scales, kept = self.config, (1.0,), None
+        if not self.training:
+            return Draws(None)
+        if config.rope_rescale:
+            n_scales = config.depth if config.rope_rescale_per == "block" else 1
+            u = torch.rand(n_scales, generator=generator, device=generator.device).tolist()
+            scales = tuple(config.rope_rescale ** (2 * x - 1) for x in u)
+        if config.drop_path:
+            n = max(int(n_images * (1 - config.drop_path) + 1e-6), 1)
+            noise = torch.rand(config.depth, 2, n_images, generator=generator, device=generator.device)
+            kept = noise.argsort(dim=-1, stable=True)[..., :n]
+        return Draws(kept, scales)
+
+
+def _kept_tokens(layouts: Sequence[tuple[View, ...]], kept: Sequence[Tensor | None]) -> list[list[Kept]] | None:
+    """For each block and branch the tokens that take it; None when all do. Either all views have ``kept`` or none."""
+    chosen = [each for each in kept if each is not None]
+    if not chosen:
+        return None
+    if len(chosen) != len(kept):
+        raise ValueError(f"draws must have kept images of every view or of none: got {len(chosen)} of {len(kept)}")
+    device, offset, rows, gains = chosen[0].device, 0, [], []
+    for view, each in zip(layouts[0], chosen, strict=True):
+        tokens_DDnN = each[..., None] * view.n_tokens + torch.arange(view.n_tokens, device=device) + offset
+        rows.append(tokens_DDnN.flatten(2))
+        gains.append(torch.full((rows[-1].shape[-1], 1), view.n_images / each.shape[-1], device=device))
+        offset += view.n_images * view.n_tokens
+    rows_DDT, gain_T1 = torch.cat(rows, dim=-1), torch.cat(gains)
+    out = []
+    for i, rows_DT in enumerate(rows_DDT):
+        views = layouts[min(i, len(layouts) - 1)]
+        fewer = tuple(view._replace(n_images=each.shape[-1]) for view, each in zip(views, chosen, strict=True))
+        out.append([Kept(rows_T, gain_T1, fewer) for rows_T in rows_DT])
+    return out
 
 
 def resize_positions(pos_1ND: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -22,7 +22,9 @@ class ViTConfig:
     position: str = "rope"  # or "learned": an embedding per patch and for CLS
     image_size: int | None = None  # pixels; the native grid of learned positions, None with rope
     rope_base: float = 100.0  # longest rotary period, nearly: base ** (1 - 4 / E)
-    rope_rescale: float | None = None  # r: in training, coordinates times exp U(-ln r, ln r), one draw a forward
+    rope_rescale: float | None = None  # r: in training, coordinates times exp U(-ln r, ln r), one draw for
+    # all images of one size
+    rope_rescale_per: str = "forward"  # or "block": a draw for each, as the released DINOv3 code does
     qkv_bias: bool = True
     key_bias: bool = False  # a bias on keys cancels in the softmax, but DINOv2 has one
     norm_eps: float = 1e-5  # released DINOv3: 1e-5; DINO and DINOv2: 1e-6
@@ -38,6 +40,8 @@ class ViTConfig:
             raise ValueError(f"vit.n_registers must be at least 0: got {self.n_registers}")
         if self.ffn not in ("mlp", "swiglu"):
             raise ValueError(f"vit.ffn must be 'mlp' or 'swiglu': got {self.ffn!r}")
+        if self.rope_rescale_per not in ("forward", "block"):
+            raise ValueError(f"vit.rope_rescale_per must be 'forward' or 'block': got {self.rope_rescale_per!r}")
         if self.key_bias and not self.qkv_bias:
             raise ValueError("vit.key_bias must be false without vit.qkv_bias: got true")
         if not 0 <= self.drop_path < 1:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from embedding.vit import ViT, resize_positions, rope_tables, rotate
+from embedding.vit import View, ViT, resize_positions, rope_tables, rotate
 from embedding.vit_config import ViTConfig
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "patch_size": 4, "layer_scale": 0.5}
@@ -295,7 +295,7 @@ def test_one_rescale_a_forward_from_the_generator():
     first, second = vit(images, generator=g), vit(images, generator=g)
     assert not torch.equal(first.cls, second.cls)
     assert torch.equal(vit(images, generator=torch.Generator().manual_seed(3)).cls, first.cls)
-    u = torch.rand((), generator=torch.Generator().manual_seed(3)).item()
+    u = torch.rand(1, generator=torch.Generator().manual_seed(3)).item()
     by_hand = small().eval()
     by_hand._tables[(4, 4, "cpu")] = rope_tables((4, 4), 16, 5, 100.0, scale=math.exp((2 * u - 1) * math.log(2)))
     torch.testing.assert_close(by_hand(images).cls, first.cls)
@@ -308,7 +308,9 @@ def test_stochastic_depth_keeps_a_fixed_number_of_images(b, rate, n):
     vit = small(depth=1, drop_path=rate).train()
     vit.blocks[0].ls2.data.zero_()  # one branch alone, so that every image shows what it took
     images = pictures(b, 3, 4, 4)
-    full = vit.blocks[0].attention_branch(vit._embed(images, None, (1, 1)), vit._rope((1, 1), images.device, None))
+    whole = View(b, 6, rope_tables((1, 1), 16, 5, 100.0))
+    embedded = vit._embed(images, None, (1, 1))
+    full = vit.blocks[0].attention_branch(embedded.flatten(0, 1), [whole]).view(embedded.shape)
     vit.norm = torch.nn.Identity()
     x = torch.cat([vit._embed(images, None, (1, 1))], 1)
     out = vit(images, generator=torch.Generator().manual_seed(0))
@@ -318,6 +320,37 @@ def test_stochastic_depth_keeps_a_fixed_number_of_images(b, rate, n):
     torch.testing.assert_close(taken[kept], full[kept] * b / n, rtol=1e-4, atol=1e-5)
 
 
+def test_a_rescale_a_block_turns_each_block_by_its_own():
+    vit, images = small(rope_rescale=2.0, rope_rescale_per="block").train(), pictures(1, 3, 16, 16)
+    draws = vit.draw(1, torch.Generator().manual_seed(3))
+    assert len(set(draws.rope_scales)) == len(vit.blocks) == 2
+    out = vit(images, generator=torch.Generator().manual_seed(3))
+    x = vit._embed(images, None, (4, 4)).flatten(0, 1)
+    for block, scale in zip(vit.blocks, draws.rope_scales, strict=True):
+        x = block(x, [View(1, 21, rope_tables((4, 4), 16, 5, 100.0, scale=scale))])
+    assert torch.equal(out.cls, vit.norm(x)[:1])
+
+
+@pytest.mark.parametrize("options", [*VARIANTS, {"drop_path": 0.4, "rope_rescale": 2.0}], ids=str)
+def test_views_in_one_pass_are_views_one_by_one(options):
+    vit = small(**options).train()
+    views = [pictures(6, 3, 16, 16), pictures(10, 3, 8, 8, seed=1), pictures(2, 3, 8, 24, seed=2)]
+    mask = torch.rand(6, 16, generator=torch.Generator().manual_seed(3)) < 0.4
+    generator = torch.Generator().manual_seed(4)
+    draws = [vit.draw(len(view), generator) for view in views]
+    packed = vit.forward_views(views, [mask, None, None], draws)
+    sum(tokens.patches.square().sum() for tokens in packed).backward()
+    gradients = {name: p.grad.clone() for name, p in vit.named_parameters()}
+    vit.zero_grad()
+    apart = [vit.forward_views([v], [m], [d])[0] for v, m, d in zip(views, [mask, None, None], draws, strict=True)]
+    sum(tokens.patches.square().sum() for tokens in apart).backward()
+    for ours, theirs in zip(packed, apart, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for name, p in vit.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_stochastic_depth_is_off_in_eval_and_unbiased():
     options, images = {"depth": 1, "drop_path": 0.5}, pictures(4, 3, 8, 8)
     assert torch.equal(small(**options)(images).cls, small(depth=1)(images).cls)
@@ -325,7 +358,7 @@ def test_stochastic_depth_is_off_in_eval_and_unbiased():
     counts = torch.zeros(4)
     generator = torch.Generator().manual_seed(0)
     for _ in range(400):
-        counts += torch.bincount(vit._draw_kept(4, generator, images.device)[0, 0], minlength=4)
+        counts += torch.bincount(vit.draw(4, generator).kept[0, 0], minlength=4)
     assert (counts / 400 - 0.5).abs().max() < 0.1
 
 
