@@ -25,7 +25,7 @@ FORMAT = 1  # of the manifest and the part files
 MAX_LISTED_FILES = 10_000  # beyond this the list of files is a Parquet file beside the manifest
 MANIFEST = "manifest.json"
 UNION = "union"  # the stage whose artifact is a list of others
-FORMS = {"assign": "cluster"}  # stages whose artifact has the form of another's, and is used as one
+FORMS = {"assign": "cluster", "index": "shards"}  # stages whose artifact has another's form, and is used as that
 METADATA_KEY = b"openlvd"
 
 Counts = dict[str, int]

@@ -4,11 +4,14 @@ A sample is ``<key>.<extension>``, ``<key>.json`` and, with a caption, ``<key>.t
 ``part-<i>.parquet``, says where each image's bytes are, and how often it is to be seen (``count``); it is written
 after the tar, so an index means a whole tar. Shards of a mix have a ``mix.json`` beside them. Headers have no times or
 owners: equal input gives equal bytes.
+
+Tars that came without an index get one in place, and stay where they are: part i then names its tar (``TarFacts``).
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +29,32 @@ INDEX_SCHEMA = pa.schema(
         pa.field("count", pa.int32(), nullable=False),  # times an epoch, at least 1
     ]
 )
+
+TAR_KEY = b"openlvd.tar"  # in the schema metadata of the index of a tar that is not beside it
+
+
+class TarFacts(NamedTuple):
+    """Which tar an index is of, and what it was like then."""
+
+    name: str  # relative to the source that the manifest of the index names
+    size: int  # bytes
+
+
+def with_tar(table: pa.Table, tar: TarFacts) -> pa.Table:
+    """An index that says which tar it is of."""
+    metadata = {**(table.schema.metadata or {}), TAR_KEY: json.dumps(tar._asdict()).encode()}
+    return table.replace_schema_metadata(metadata)
+
+
+def tar_facts(metadata: Mapping[bytes, bytes] | None) -> TarFacts | None:
+    """The tar that the schema metadata of an index name; None when it lies beside the index."""
+    said = (metadata or {}).get(TAR_KEY)
+    return None if said is None else TarFacts(**json.loads(said))
+
+
+def shard_name(index: int) -> str:
+    """``shard-0000012.tar`` for 12."""
+    return f"shard-{index:07d}.tar"
 
 
 def index_schema(columns: Sequence[str] = ()) -> pa.Schema:

@@ -116,21 +116,36 @@ def split_key(name: str) -> tuple[str, str]:
 
 def _tar_members(path: Path) -> Iterator[tuple[Member, bytes | None]]:
     """Regular members with their bytes, None for a sparse or overlong one. Raises tarfile.TarError at a break."""
+    for member, file in tar_members(path):
+        file.seek(member.offset)
+        whole = not member.is_sparse and not too_long(member.size)
+        yield member, file.read(member.size) if whole else None
+
+
+def tar_members(path: Path, read_ahead: int = _READ_AHEAD) -> Iterator[tuple[Member, BinaryIO]]:
+    """Regular, not hidden members of a tar, each with the open tar, to read any of its bytes from.
+
+    read_ahead: bytes asked for at a time; few where most of a tar is passed over. Tars one after the other in one file
+    are read to the last. Raises tarfile.TarError where a tar breaks off, is compressed, or is none.
+    """
     n_read = 0
     try:
-        with path.open("rb", _READ_AHEAD) as file, _Headers(path) as heads:
-            if file.read(6).startswith(_COMPRESSED):
+        with path.open("rb", read_ahead) as file, _Headers(path) as heads:
+            if is_compressed(file.read(6)):
                 raise tarfile.ReadError("it is compressed")
             start: int | None = 0
             while start is not None:
                 for member in _members_from(file, heads, start):
-                    file.seek(member.offset)
-                    whole = not member.is_sparse and not too_long(member.size)
-                    yield member, file.read(member.size) if whole else None
+                    yield member, file
                     n_read += 1
                 start = _next_tar(file, heads.end)
     except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as e:  # tarfile lets some pass for bad headers
         raise tarfile.ReadError(f"tar breaks off after {n_read} members: {e}") from e
+
+
+def is_compressed(head: bytes) -> bool:
+    """Whether the first 6 bytes of a file are those of an archive in which bytes have no offset."""
+    return head.startswith(_COMPRESSED)
 
 
 def _members_from(file: BinaryIO, heads: "_Headers", start: int) -> Iterator[Member]:

@@ -101,6 +101,29 @@ def inspect_pixels(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[ImageFact
     return _decode(data, max_pixels, _facts_and_pixels)
 
 
+def inspect_header(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFacts | BadImage:
+    """Format and upright size as the header says, which is at the start of ``data``; no pixel is decoded.
+
+    Of most files the first 16 KiB are enough. What it finds good may still be undecodable.
+    """
+    try:
+        with QUIET_PILLOW, _open(data) as image:
+            if image.width * image.height > max_pixels:
+                return BadImage("too_large", f"{image.width}x{image.height} > {max_pixels} pixels")
+            name = "jpeg" if image.format == "MPO" else str(image.format).lower()
+            turned = "exif" in image.info and _orientation(image) in _SIDEWAYS
+            width, height = image.size[::-1] if turned else image.size
+            return ImageFacts(name, width, height)
+    except Image.DecompressionBombError as e:  # Pillow's own limit, from the header too
+        return BadImage("too_large", str(e))
+    except _DECODER_ERRORS as e:
+        bare = _needed_chunks(data) if data.startswith(b"\x89PNG") else data
+        if len(bare) < len(data):  # as ``_decode``
+            return inspect_header(bare, max_pixels)
+        words = f"{type(e).__name__}: {e}".encode("ascii", "backslashreplace").decode()
+        return BadImage("undecodable", words[:_DETAIL_CHARS])
+
+
 def check_size(facts: ImageFacts, min_side: int, max_aspect_ratio: float) -> BadImage | None:
     """What is wrong with the size, if anything: the shorter side (pixels) first, then longer / shorter."""
     short, long = sorted((facts.width, facts.height))

@@ -6,7 +6,7 @@ Needs torch, Pillow and numpy alone.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,8 @@ class Backbone:
     # whole images will do
     begin: Begin | None = None  # ``forward`` without waiting for a GPU; None: it works where it is called
     flops: int | None = None  # of the products for one image, see ``embedding.flops``; None: not known
+    vit: ViT | None = None  # the network itself, for what looks inside; None: another than the ViT of this project
+    preprocess: Preprocess | None = None  # what ``prepare`` does; None: it makes no input of a network
 
     def embed(self, images: Sequence[npt.NDArray[np.uint8]]) -> Rows:
         """Vectors float32 (n, width), not normalised, of uint8 RGB images (h, w, 3), in one batch."""
@@ -92,7 +94,7 @@ def vit_backbone(vit: ViT, identity: dict[str, Any], preprocess: Preprocess, poo
     if how.compiled:
         for block in vit.blocks:
             block.compile()
-    return backbone
+    return replace(backbone, vit=vit)
 
 
 def network_backbone(
@@ -148,6 +150,7 @@ def prepared_backbone(
         least_side=preprocess.least_side,
         begin=begin,
         flops=flops,
+        preprocess=preprocess,
     )
 
 

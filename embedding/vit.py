@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from embedding.vit_config import ViTConfig
 
+_WRITTEN_OUT = 512  # tokens of an image up to which their similarities may lie in memory
 _MAX_CACHED_GRIDS = 32  # rotary tables kept, one a grid and device; a table of 14 x 14 takes 50 kB
 
 
@@ -165,12 +166,22 @@ class Block(nn.Module):
         qk_2BANE, v_BANE = qkv_3BANE[:2], qkv_3BANE[2]
         if view.rope is not None:
             qk_2BANE = rotate(qk_2BANE, view.rope)
-        out_BANE = F.scaled_dot_product_attention(qk_2BANE[0], qk_2BANE[1], v_BANE)
+        out_BANE = _attention(qk_2BANE[0], qk_2BANE[1], v_BANE)
         return out_BANE.transpose(1, 2).reshape(len(qkv_T3D), -1)
 
     def ffn_branch(self, x_TD: Tensor) -> Tensor:
         """ls2 * ffn(norm2 x), (T, D)."""
         return _scaled(self.ffn(self.norm2(x_TD)), self.ls2)
+
+
+def _attention(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(E)) v, (B, A, N, E)."""
+    few = q_BANE.shape[-2] <= _WRITTEN_OUT
+    if few and q_BANE.device.type == "cpu" and q_BANE.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        # The CPU's fused kernel has a backward in bfloat16 five times as slow as the two products written out.
+        similarity = (q_BANE * q_BANE.shape[-1] ** -0.5) @ k_BANE.mT
+        return torch.softmax(similarity, dim=-1, dtype=torch.float32).to(v_BANE.dtype) @ v_BANE
+    return F.scaled_dot_product_attention(q_BANE, k_BANE, v_BANE)
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -319,22 +330,29 @@ class ViT(nn.Module):
         return self._tables[key]
 
     def draw(self, n_images: int, generator: torch.Generator) -> Draws:
-        """The rotary rescale, and the images that take each branch: n = max(floor(B (1 - drop_path)), 1) of them.
-
-        On the generator's device. In evaluation nothing is drawn from it.
-        """
-        config, scales, kept = self.config, (1.0,), None
+        """What a forward of so many images draws; nothing is drawn in evaluation."""
         if not self.training:
             return Draws(None)
-        if config.rope_rescale:
-            n_scales = config.depth if config.rope_rescale_per == "block" else 1
-            u = torch.rand(n_scales, generator=generator, device=generator.device).tolist()
-            scales = tuple(config.rope_rescale ** (2 * x - 1) for x in u)
-        if config.drop_path:
-            n = max(int(n_images * (1 - config.drop_path) + 1e-6), 1)
-            noise = torch.rand(config.depth, 2, n_images, generator=generator, device=generator.device)
-            kept = noise.argsort(dim=-1, stable=True)[..., :n]
-        return Draws(kept, scales)
+        scales = self.draw_scales(generator)
+        return Draws(self.draw_kept(n_images, generator), scales)
+
+    def draw_scales(self, generator: torch.Generator) -> tuple[float, ...]:
+        """The rotary rescale, exp U(-ln r, ln r): one, or one a block."""
+        config = self.config
+        if not config.rope_rescale:
+            return (1.0,)
+        n_scales = config.depth if config.rope_rescale_per == "block" else 1
+        u = torch.rand(n_scales, generator=generator, device=generator.device).tolist()
+        return tuple(config.rope_rescale ** (2 * x - 1) for x in u)
+
+    def draw_kept(self, n_images: int, generator: torch.Generator) -> Tensor | None:
+        """Who takes each branch: int64 (depth, 2, n), n = max(floor(B (1 - drop_path)), 1) images without order."""
+        config = self.config
+        if not config.drop_path:
+            return None
+        n = max(int(n_images * (1 - config.drop_path) + 1e-6), 1)
+        noise = torch.rand(config.depth, 2, n_images, generator=generator, device=generator.device)
+        return noise.argsort(dim=-1, stable=True)[..., :n]
 
 
 def _kept_tokens(layouts: Sequence[tuple[View, ...]], kept: Sequence[Tensor | None]) -> list[list[Kept]] | None:

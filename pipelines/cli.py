@@ -27,6 +27,7 @@ from pipelines.progress import StepProgress
 from pipelines.recipe import Recipe, read_recipe
 from pipelines.stage import HEAD_COUNTS
 from pipelines.stages.table import STAGES
+from pipelines.train_command import TRAIN_COMMAND
 
 app = typer.Typer(
     cls=PanelGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -178,6 +179,25 @@ def report(
     print(page)
 
 
+@app.command("export")
+def export_command(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A train step, ROOT/STEP, or a folder with its files.")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="A new folder for the model.")],
+    as_json: AsSummary = False,
+) -> None:
+    """A trained encoder as a folder for Hugging Face's transformers: config, safetensors, preprocessor."""
+    from pipelines.export import export
+
+    made = export(path, out)
+    if as_json:
+        print(json.dumps(made._asdict()))
+        return
+    theirs = made.transformers_difference
+    compared = "transformers is not installed to compare with" if theirs is None else f"by transformers {theirs:.1e}"
+    print(f"{made.folder}: {made.model_type}, {made.parameters:,} parameters")
+    print(f"largest difference of a feature: read back {made.own_difference:.1e}, {compared}")
+
+
 @app.command()
 def demo(
     root: Annotated[str, typer.Option(help="Where the demo's pool and its run go.")] = "demo",
@@ -285,7 +305,7 @@ def show_result(result: StepResult, as_json: bool) -> None:
 
 
 add_crawl_commands(app, show_result)
-add_stage_commands(app, show_result)
+add_stage_commands(app, show_result, {"train": TRAIN_COMMAND})
 
 
 def as_plain(result: StepResult) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import textwrap
 import tokenize
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -29,10 +29,11 @@ from curation.store import Location
 from embedding.config import MODEL_FREE
 from pipelines.engine import RUN_FILE, StepResult, read_root, run_alone
 from pipelines.errors import UserError
-from pipelines.executor import Resources
+from pipelines.executor import LocalExecutor, Resources
 from pipelines.launch import open_executor
 from pipelines.progress import StepProgress
-from pipelines.recipe import is_required, or_list, parse_step, structure
+from pipelines.ray_executor import RayExecutor
+from pipelines.recipe import PRESET, is_required, or_list, parse_step, preset_names, structure
 from pipelines.stage import Stage, Step
 from pipelines.stages.table import STAGES
 
@@ -42,8 +43,17 @@ EPILOG = (
     "PATH is an artifact: a folder or s3:// prefix with a manifest.json, or ROOT/STEP of a run. A finished --out is "
     "left as it is, an interrupted one goes on."
 )
+PATH = "path"  # the parameter of the one input that needs no flag
 
 Show = Callable[[StepResult, bool], None]  # prints a result, as JSON or for people
+Run = Callable[[str, Stage, Mapping[str, Any]], StepResult]  # of a stage's name, the stage, and what is given
+
+
+class Special(NamedTuple):
+    """A stage that is more than itself as a command."""
+
+    run: Run
+    path: str  # what the help says of its PATH, beside that it stands for a flag
 
 
 class FieldDoc(NamedTuple):
@@ -62,6 +72,7 @@ class Option(NamedTuple):
     metavar: str | None  # None: a flag
     help: str
     panel: str
+    is_positional: bool = False  # given by its place, without a flag
 
 
 class PanelCommand(typer.core.TyperCommand):
@@ -73,6 +84,8 @@ class PanelCommand(typer.core.TyperCommand):
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
+                if param.param_type_name == "argument":
+                    record = (str(param.metavar), record[1])  # click adds the type
                 panels.setdefault(getattr(param, "rich_help_panel", None) or "Run", []).append(record)
         for panel, records in panels.items():
             with formatter.section(panel):
@@ -95,14 +108,17 @@ class PanelGroup(typer.core.TyperGroup):
                 formatter.write_dl(records)
 
 
-def add_stage_commands(app: typer.Typer, show: Show) -> None:
-    """Give ``app`` a command for every stage that reads what it is told; ``show`` prints the result."""
+def add_stage_commands(app: typer.Typer, show: Show, special: Mapping[str, Special] | None = None) -> None:
+    """Give ``app`` a command for every stage that reads what it is told; ``show`` prints the result.
+
+    special: of stages that another function runs than ``run_command``.
+    """
     for name, stage in STAGES.items():
         if not stage.reads_all:
             register = app.command(
                 name, cls=PanelCommand, help=what_it_does(stage), epilog=EPILOG, rich_help_panel="A stage on its own"
             )
-            register(make_command(name, stage, show))
+            register(make_command(name, stage, show, (special or {}).get(name, Special(run_command, ""))))
 
 
 def what_it_does(stage: Stage) -> str:
@@ -112,33 +128,27 @@ def what_it_does(stage: Stage) -> str:
     return said if said[1:2] == "-" else said[:1].upper() + said[1:]  # k-NN stays as it is
 
 
-def make_command(name: str, stage: Stage, show: Show) -> Callable[..., None]:
+def make_command(name: str, stage: Stage, show: Show, special: Special) -> Callable[..., None]:
     """The function behind a command; its signature says the options."""
 
     def command(**given: Any) -> None:
-        show(run_command(name, stage, given), given["as_json"])
+        show(special.run(name, stage, given), given["as_json"])
 
-    options = [*input_options(stage), *setting_options(stage), *run_options()]
+    options = [*positional_option(stage, special.path), *input_options(stage), *setting_options(stage), *run_options()]
     set_signature(command, [parameter(option) for option in options])
     return command
 
 
 def parameter(option: Option) -> inspect.Parameter:
-    """The parameter of a command's function that is an option."""
+    """The parameter of a command's function that is an option, or is given by its place."""
+    looks: dict[str, Any] = {"metavar": option.metavar, "help": option.help, "rich_help_panel": option.panel,
+                             "show_default": False}  # fmt: skip
+    how = typer.Argument(**looks) if option.is_positional else typer.Option(option.flags, **looks)
     return inspect.Parameter(
         option.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=False if option.annotation is bool else None,
-        annotation=Annotated[
-            option.annotation,
-            typer.Option(
-                option.flags,
-                metavar=option.metavar,
-                help=option.help,
-                rich_help_panel=option.panel,
-                show_default=False,
-            ),
-        ],
+        annotation=Annotated[option.annotation, how],
     )
 
 
@@ -151,6 +161,35 @@ def set_signature(command: Callable[..., None], parameters: Sequence[inspect.Par
 def flag(name: str) -> str:
     """``--min-similarity`` for ``min_similarity``."""
     return "--" + name.replace("_", "-")
+
+
+def needs_no_flag(stage: Stage) -> str | None:
+    """The one thing that a stage cannot do without: the artifact, or else the place outside, that it reads."""
+    artifacts = [*stage.reads, *(key for key in stage.lists if is_required(stage.config, key))]
+    outside = [key for key in stage.locations if is_required(stage.config, key)]
+    needed = artifacts or outside
+    return needed[0] if len(needed) == 1 and needed[0] not in stage.lists else None
+
+
+def positional_option(stage: Stage, more: str) -> Iterator[Option]:
+    """What is given without a flag, if anything; ``more`` is what the help says of it."""
+    key = needs_no_flag(stage)
+    if key is not None:
+        panel = "Inputs" if key in stage.reads else "Settings"
+        help = f"in place of {flag(key)} PATH{more}"
+        yield Option(PATH, "", str | None, "PATH", help, panel, is_positional=True)
+
+
+def with_flag(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, as if all of it had come with its flag. Raises UserError for what has come in both ways."""
+    key = needs_no_flag(stage)
+    if key is None or given.get(PATH) is None:
+        return dict(given)
+    if given[key] is not None:
+        raise UserError(
+            f"PATH and {flag(key)} are one input: got {given[PATH]} and {given[key]}", "leave one of them out"
+        )
+    return {**given, key: given[PATH]}
 
 
 def input_options(stage: Stage) -> Iterator[Option]:
@@ -171,7 +210,12 @@ def input_options(stage: Stage) -> Iterator[Option]:
 
 
 def setting_options(stage: Stage) -> Iterator[Option]:
-    """An option for every field of the config that is no input."""
+    """An option for every field of the config that is no input, and one for presets of them."""
+    if stage.has_presets:
+        help = (
+            f"settings to begin with, the option once for each, later ones over earlier: {preset_names()}, or a .yaml"
+        )
+        yield Option(PRESET, flag(PRESET), list[str] | None, "NAME", help, "Settings")
     for field in settings_of(stage):
         yield field_option(stage.config, field, field.name, "Settings")
 
@@ -276,19 +320,25 @@ def field_docs(config: type) -> dict[str, FieldDoc]:
 
 def run_command(name: str, stage: Stage, given: Mapping[str, Any]) -> StepResult:
     """Run a stage as the options say, with progress on stderr. Raises UserError or TaskError."""
+    given = with_flag(stage, given)
     if given["out"] is None:
         raise UserError("--out must be given: got none", "the artifact is made there: a folder or s3://bucket/prefix")
     step, inputs = read_step(name, stage, given)
+    with workplace(given) as (executor, progress):
+        return run_alone(step, inputs, place_of(given["out"]), executor, progress.start, progress.say)
+
+
+@contextmanager
+def workplace(given: Mapping[str, Any]) -> Iterator[tuple[LocalExecutor | RayExecutor, StepProgress]]:
+    """The executor that the options ask for, and what shows progress on stderr. Raises UserError."""
     speed = {field.name: given[f"resources_{field.name}"] for field in dataclasses.fields(Resources)}
-    resources = read_config(Resources, speed, "resources", lambda key: flag(f"resources_{key}"))
-    place = place_of(given["out"])
+    values = read_config(Resources, speed, "resources", lambda key: flag(f"resources_{key}"))
+    resources = structure(Resources, values, "resources")
     with (
-        open_executor(
-            given["executor"] or "serial", given["address"], structure(Resources, resources, "resources")
-        ) as ex,
+        open_executor(given["executor"] or "serial", given["address"], resources) as executor,
         StepProgress(quiet=given["as_json"]) as progress,
     ):
-        return run_alone(step, inputs, place, ex, progress.start, progress.say)
+        yield executor, progress
 
 
 def read_step(name: str, stage: Stage, given: Mapping[str, Any]) -> tuple[Step, dict[str, Artifact]]:
@@ -308,6 +358,7 @@ def read_step(name: str, stage: Stage, given: Mapping[str, Any]) -> tuple[Step, 
         "stage": name,
         **read_config(stage.config, settings, name, flag),
         **values,
+        **({PRESET: given[PRESET]} if given.get(PRESET) else {}),
         **{key: names[key] for key in inputs if "." not in key},
         **{key: [names[found] for found in inputs if found.startswith(f"{key}.")] for key in stage.lists},
     }

@@ -35,8 +35,11 @@ class Resources:
     loader_workers: int = 1  # processes that decode and crop for the trainer; of a worker of embed those that decode
     # ahead, up to two as threads; 0: none, all in turn
     batch: int = 256  # images a forward of embed on a GPU; on a CPU it is fixed, for the sake of the same bytes
-    compile: bool = False  # embed on a GPU: torch.compile of a ViT; it takes a minute and pays on large pools
+    compile: bool = False  # embed and train on a GPU: torch.compile of a ViT; a minute at the start, then faster
     checkpoint_every: int = 200  # trainer steps between checkpoints: what a kill can cost
+    train_processes: int = 1  # of one machine that train together, each with a GPU of its own where there are any
+    micro_batch: int | None = None  # images that each of them takes at a time; null: its share of the batch
+    crops_on: str = "worker"  # the trainer's crops are cut and changed by the loader; or "device": where the model is
     mixed_machines: bool = False  # allow workers with other versions or cores: same bytes become a tolerance
 
     def __post_init__(self) -> None:
@@ -45,6 +48,12 @@ class Resources:
                 raise ValueError(f"resources.{name} must not be negative: got {getattr(self, name)}")
         if self.batch < 1:
             raise ValueError(f"resources.batch must be at least 1: got {self.batch}")
+        if self.train_processes < 1:
+            raise ValueError(f"resources.train_processes must be at least 1: got {self.train_processes}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"resources.micro_batch must be at least 1, or null: got {self.micro_batch}")
+        if self.crops_on not in ("worker", "device"):
+            raise ValueError(f"resources.crops_on must be 'worker' or 'device': got {self.crops_on!r}")
 
 
 def quiet(done: int, total: int, unit: str = "", words: str = "") -> None:

@@ -20,6 +20,8 @@ from pipelines.stage import Stage, Step
 
 Config = TypeVar("Config")
 SHIPPED = Path(__file__).parent / "recipes"
+PRESETS = Path(__file__).parent / "presets"
+PRESET = "preset"  # the key that names some
 TOP_KEYS = ("seed", "root", "resources", "steps")
 STEP = "(a step)"  # stands in a config where the value is an input
 
@@ -84,16 +86,16 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set ``a.b=value`` in a parsed recipe; the value is YAML. Only steps that exist can be changed."""
+    """Set ``a.b=value`` or ``a.b.c=value`` in a parsed recipe; the value is YAML. Only steps that exist are changed."""
     path, equals, text = override.partition("=")
     keys = path.split(".")
-    if not equals or len(keys) > 2 or not all(keys):
+    if not equals or not all(keys):
         raise UserError(f"--set must be step.key=value: got {override!r}", "for example --set balanced.target=400")
     value = parse_value(override, text)
     if len(keys) == 1:
         tree[keys[0]] = value
         return
-    name, key = keys
+    name, *inner, key = keys
     owners = tree.get("steps") or {}
     if name == "resources":
         owners = tree
@@ -102,7 +104,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set names step {name!r}, which is not in the recipe", did_you_mean(name, owners))
     if not isinstance(owners[name], dict):
         raise UserError(f"{name} must be a mapping: got {owners[name]!r}", f"write {name}: {{stage: ...}}")
-    owners[name][key] = value
+    owner = owners[name] = dict(owners[name])  # other steps may share what is below it
+    for step in inner:
+        owner[step] = dict(owner.get(step) or {}) if isinstance(owner.get(step) or {}, dict) else {}
+        owner = owner[step]
+    owner[key] = value
 
 
 def parse_value(override: str, text: str) -> Any:
@@ -145,6 +151,8 @@ def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[s
     if not isinstance(kind, str) or kind not in stages:
         raise UserError(f"{name}.stage must be a known stage: got {kind!r}", did_you_mean(str(kind), stages))
     stage = stages[kind]
+    if stage.has_presets:
+        values = with_presets(name, values)
     settle_lists(values, stage)
     inputs = {
         f"{key}.{source}": source
@@ -174,6 +182,51 @@ def parse_step(name: str, entry: Any, earlier: Sequence[Step], stages: Mapping[s
         steps = {step.name: step for step in earlier}
         stage.check(name, config, {key: steps[source] for key, source in inputs.items()})
     return Step(name, kind, config, inputs, acting or FORMS.get(kind, kind))
+
+
+def with_presets(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a step over those of the presets that it names, the later ones over the earlier.
+
+    A preset is a YAML file of settings: one that comes with the package, by its name, or a path that ends in .yaml.
+    Settings within settings are laid over one another key by key. Raises UserError.
+    """
+    own = dict(values)
+    given = own.pop(PRESET, None)
+    names = [given] if isinstance(given, str) else given or []
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        raise UserError(f"{name}.{PRESET} must be a name or a list of names: got {given!r}", f"one of {preset_names()}")
+    settled: dict[str, Any] = {}
+    for each in names:
+        settled = laid_over(settled, read_preset(f"{name}.{PRESET}", each))
+    return laid_over(settled, own)
+
+
+def preset_names() -> str:
+    """The presets of the package."""
+    return ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+
+
+def read_preset(key: str, name: str) -> dict[str, Any]:
+    """The settings of a preset. Raises UserError."""
+    shipped = {path.stem: path for path in PRESETS.glob("*.yaml")}
+    location = Location(name) if name.endswith(".yaml") else None
+    if location is None and name in shipped:
+        location = Location(str(shipped[name]))
+    if location is None:
+        raise UserError(f"{key} must be a preset: got {name!r}", did_you_mean(name, shipped))
+    try:
+        return parse_yaml(location.read().decode(), location.name)
+    except FileNotFoundError as e:
+        raise UserError(f"{key} must be a file that exists: got {name}", f"or one of {preset_names()}") from e
+
+
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others over them; mappings within are laid over one another, anything else takes its place."""
+    out = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = laid_over(out[key], value) if both else value
+    return out
 
 
 def settle_lists(values: dict[str, Any], stage: Stage) -> None:

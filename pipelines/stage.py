@@ -53,6 +53,7 @@ class Stage:
     locations: tuple[str, ...] = ()  # config fields that say where, not what: kept out of the fingerprint
     check: Callable[[str, Any, Mapping[str, "Step"]], None] | None = None  # of a step's name, config and inputs (name
     # -> step; its config is None where an artifact is named): raises UserError when the recipe is read
+    has_presets: bool = False  # its settings may begin with those of a preset, see ``pipelines.recipe.with_presets``
     look: Callable[[Any], tuple[Sequence[Entry] | None, Any]] | None = None  # what is found outside, and ``found``
 
 

@@ -66,3 +66,19 @@ def test_assignment_runs_with_torch_and_numpy_alone(tmp_path):
     assert assign["equal"] and assign["rows"] == rows["step"]["rows"] == 2500 and assign["kernel"] == "torch"
     assert assign["agree"] == 1 and assign["farther"] == 0 and assign["excess"] == 1
     assert 0 < assign["rest_share"] < assign["pairs_share"] < 0.2
+
+
+def test_training_runs_with_torch_pillow_and_numpy_alone(tmp_path):
+    rows = run_alone(tmp_path, "--part", "trainer")
+    cases = ["matmul", *["check"] * 2, "augment", *["feed"] * 3, "prototypes", "compute", *["fed"] * 2]
+    assert [row["case"] for row in rows] == cases
+    by_case = {row["case"]: row for row in rows}
+    exact, rounded = (row for row in rows if row["case"] == "check")
+    assert exact["equal"] and exact["off"] == 0 and exact["ours"] > 0.999999  # one device here
+    assert rounded["equal"] and 0 < rounded["off"] < 0.05 and rounded["precision"] == "bfloat16"
+    assert by_case["augment"]["equal"] and by_case["augment"]["peer_name"] == "tensors on the CPU"
+    assert by_case["prototypes"]["equal"] and by_case["prototypes"]["ratio"] > 1.1
+    assert by_case["compute"]["equal"] and by_case["compute"]["skipped"] == 0
+    fed = {row["crops_on"]: row for row in rows if row["case"] == "fed"}
+    assert set(fed) == {"worker", "device"}
+    assert all(0 <= row["waiting"] <= 1 and row["rows"] % (8 * row["workers"]) == 0 for row in fed.values())

@@ -5,10 +5,9 @@ Crops stay uint8 until ``normalise``, which runs on the batch where the model is
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,10 +22,9 @@ _TRIES = 10  # shapes drawn before the centre of the image is taken
 class AugmentConfig:
     """Ranges of the crops. The defaults are those of the released DINOv2 and DINOv3 models, for sources of 224 px.
 
-    The papers name blur probabilities of 1, .1 and .5; the released code applied 0, .9 and .5, and so do we. Sources
-    of 8-32 px and runs of minutes need larger crops (``global_scale`` from .85, ``local_scale`` from .6, ``aspect``
-    within .85-1.18), no or little blur, and often no colour jitter; images whose mirror image means something else
-    (digits, text) need ``hflip`` 0.
+    The papers name blur probabilities of 1, .1 and .5; the released code applied 0, .9 and .5, and so do we. Small
+    sources need milder ranges: ``mild_ranges``. Images whose mirror image means something else (digits, text) need
+    ``hflip`` 0.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # read by pipelines/, no import here
@@ -42,7 +40,7 @@ class AugmentConfig:
     hue: float = 0.1  # turn from [-h, h], 1 is the full circle
     grayscale: float = 0.2  # probability
     blur: tuple[float, float, float] = (0.0, 0.9, 0.5)  # probability for first global, other globals, locals
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the crop
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the crop; cut off at twice the upper one: 9 taps
     solarize: float = 0.2  # probability, of the globals after the first
     solarize_threshold: int = 128  # values from here on are inverted
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of pixels in [0, 1]
@@ -72,6 +70,39 @@ class AugmentConfig:
             raise ValueError(f"train.augment.std must be positive: got {self.std}")
 
 
+def mild_ranges(side: int) -> dict[str, Any]:
+    """Fields of ``AugmentConfig`` that suit sources whose shorter side is ``side`` pixels; others keep their default.
+
+    Nothing from 96 px on. Below, a local crop of 5 % is a few pixels and a blur takes all there is: larger crops, no
+    blur, half the changes of colour. Below 32 px nearly the whole picture, and no changes of colour. Whether pictures
+    may be mirrored does not depend on their size.
+    """
+    if side >= 96:
+        return {}
+    if side >= 32:
+        crops = {"global_scale": (0.5, 1.0), "local_scale": (0.2, 0.5)}
+        colour = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.1, "hue": 0.05}
+    else:
+        crops = {"global_scale": (0.85, 1.0), "local_scale": (0.6, 0.85), "aspect": (0.85, 1.18)}
+        colour = {"jitter": 0.0, "solarize": 0.0}
+    return {**crops, **colour, "blur": (0.0, 0.0, 0.0)}
+
+
+# What was drawn for one crop; ``make_crops`` and ``training.augment_torch`` do it to pixels.
+CROP = np.dtype(
+    [
+        ("box", "i4", 4),  # left, top, right, bottom: pixels of the image
+        ("flip", "?"),  # left and right change places
+        ("order", "i1", 4),  # of the changes: 0 brightness, 1 contrast, 2 saturation, 3 hue; -1 none
+        ("amount", "f4", 4),  # of change i: three factors, and the turn as a share of the full circle
+        ("gray", "?"),
+        ("sigma", "f4"),  # of the blur, pixels of the crop
+        ("radius", "i2"),  # pixels of the crop at which it is cut off; 0: no blur
+        ("threshold", "i2"),  # values from here on are inverted; 256: none
+    ]
+)
+
+
 class Crops(NamedTuple):
     """The crops of one image: uint8, height x width x RGB."""
 
@@ -84,22 +115,75 @@ def crop_rng(seed: int, epoch: int, number: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, number, 1])  # the 1 keeps it apart from the order's generators
 
 
+def draw_crops(width: int, height: int, config: AugmentConfig, n_local: int, rng: np.random.Generator) -> np.ndarray:
+    """What is done to an image of this size: records of ``CROP``, two global crops, then ``n_local`` local ones.
+
+    The numbers taken from ``rng`` are the same whatever comes out of them.
+    """
+    drawn = np.zeros(N_GLOBAL + n_local, CROP)
+    draws = rng.random((len(drawn), 2 * _TRIES + 15)).tolist()
+    for i in range(len(drawn)):
+        _draw(drawn[i], width, height, config, view=min(i, 1) if i < N_GLOBAL else 2, draws=draws[i])
+    return drawn
+
+
+def make_crops(image: np.ndarray, drawn: np.ndarray, sizes: tuple[int, int], out: Crops | None = None) -> Crops:
+    """The crops of an image, uint8 (h, w, 3), as ``draw_crops`` has drawn them; sizes: of globals and locals, pixels.
+
+    out: where to write them, each crop contiguous; None: to new arrays.
+    The reference of ``training.augment_torch``: float32 from the resize to the last step, rounded once. Memory: 30
+    bytes a pixel of a crop, and 12 * size for every column of the image.
+    """
+    if out is None:
+        counts = N_GLOBAL, len(drawn) - N_GLOBAL
+        out = Crops(*(np.empty((n, side, side, 3), np.uint8) for n, side in zip(counts, sizes, strict=True)))
+    image = np.ascontiguousarray(image)
+    for crop, record in zip((*out.globals, *out.locals), drawn, strict=True):
+        _make_crop(image, record, crop)
+    return out
+
+
+def gaussian(sigma: float, radius: int) -> np.ndarray:
+    """The middle and one side of a Gaussian cut off at ``radius``: float32 (radius + 1,); both sides sum to 1."""
+    values = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(radius + 1)]
+    return np.array(values, np.float32) / np.float32(2 * sum(values) - values[0])
+
+
+def _make_crop(image: np.ndarray, record: np.void, out: np.ndarray) -> None:
+    """Write one crop to uint8 (size, size, 3)."""
+    from training import loops_crops as loops  # here: numba takes a second to import, and is no part of a GPU's crops
+
+    drawn: Any = record.item()
+    box, flip, order, amount, gray, sigma, radius, threshold = drawn
+    left, top, right, bottom = box.tolist()
+    planes = loops.resized(image, left, top, right, bottom, flip, len(out))
+    pixels = planes.reshape(3, -1)
+    for change in order.tolist():
+        if change == 0:
+            loops.change_brightness(pixels, amount[0])
+        elif change == 1:
+            loops.change_contrast(pixels, amount[1], loops.mean_gray(pixels, len(out)))
+        elif change == 2:
+            loops.change_saturation(pixels, amount[2])
+        elif change == 3:
+            loops.change_hue(pixels, amount[3])
+    if gray:
+        loops.change_saturation(pixels, np.float32(0))
+    if radius:
+        loops.blur(planes, gaussian(sigma, radius))
+    loops.to_bytes(planes, threshold, out)
+
+
 def multi_crop(
     image: np.ndarray, config: AugmentConfig, sizes: tuple[int, int], n_local: int, rng: np.random.Generator
 ) -> Crops:
     """Cut, resize and change the crops of one image: two global ones, then ``n_local`` local ones.
 
     image: uint8 (h, w, 3), any size from 1 x 1. sizes: sides of global and local crops in pixels. Bicubic with
-    antialias (Pillow). 0.1 ms for 2 crops of 32 px and 4 of 16 px from 32 px without changes of colour.
+    antialias, by Pillow's formula.
     """
-    source = Image.fromarray(image)
-    out_g = np.empty((N_GLOBAL, sizes[0], sizes[0], 3), np.uint8)
-    out_l = np.empty((n_local, sizes[1], sizes[1], 3), np.uint8)
-    for i in range(N_GLOBAL):
-        out_g[i] = _crop(source, config, sizes[0], min(i, 1), rng)
-    for i in range(n_local):
-        out_l[i] = _crop(source, config, sizes[1], 2, rng)
-    return Crops(out_g, out_l)
+    height, width = image.shape[:2]
+    return make_crops(image, draw_crops(width, height, config, n_local, rng), sizes)
 
 
 def crop_box(
@@ -124,44 +208,30 @@ def crop_box(
     return x, y, x + w, y + h
 
 
-def _crop(source: Image.Image, config: AugmentConfig, size: int, view: int, rng: np.random.Generator) -> np.ndarray:
-    """One crop; view 0 first global, 1 other globals, 2 local. The number of draws is the same whatever comes out."""
+def _draw(crop: np.void, width: int, height: int, config: AugmentConfig, view: int, draws: list[float]) -> None:
+    """Fill in one record; view 0 first global, 1 other globals, 2 local."""
     scale = config.local_scale if view == 2 else config.global_scale
-    draws = rng.random(2 * _TRIES + 15).tolist()
-    box = crop_box(source.width, source.height, scale, config.aspect, draws[: 2 * _TRIES + 2])
     flip, jitter, gray, blur, sigma, solarize, *colour = draws[2 * _TRIES + 2 :]
-    crop = source.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    if flip < config.hflip:
-        crop = ImageOps.mirror(crop)
-    if jitter < config.jitter:
-        crop = _jitter(crop, config, colour)
-    if gray < config.grayscale:
-        crop = crop.convert("L").convert("RGB")
+    crop["box"] = crop_box(width, height, scale, config.aspect, draws[: 2 * _TRIES + 2])
+    crop["flip"] = flip < config.hflip
+    crop["order"] = _order(config, colour[4:]) if jitter < config.jitter else -1
+    b, c, s, h = (2 * u - 1 for u in colour[:4])
+    crop["amount"] = 1 + config.brightness * b, 1 + config.contrast * c, 1 + config.saturation * s, config.hue * h
+    crop["gray"] = gray < config.grayscale
     if blur < config.blur[view]:
         low, high = config.blur_sigma
-        crop = crop.filter(ImageFilter.GaussianBlur(low + (high - low) * sigma))
-    if view == 1 and solarize < config.solarize:
-        crop = ImageOps.solarize(crop, config.solarize_threshold)
-    return np.asarray(crop)
+        crop["sigma"], crop["radius"] = low + (high - low) * sigma, math.ceil(2 * high)
+    crop["threshold"] = config.solarize_threshold if view == 1 and solarize < config.solarize else 256
 
 
-def _jitter(crop: Image.Image, config: AugmentConfig, draws: list[float]) -> Image.Image:
-    """Change brightness, contrast, saturation and hue; draws: 4 strengths, 3 for the order."""
+def _order(config: AugmentConfig, draws: list[float]) -> list[int]:
+    """The four changes of colour in random order from three draws; -1 for a change whose strength is 0."""
     order = [0, 1, 2, 3]
-    for i, u in zip((3, 2, 1), draws[4:], strict=True):  # Fisher-Yates
+    for i, u in zip((3, 2, 1), draws, strict=True):  # Fisher-Yates
         j = int(u * (i + 1))
         order[i], order[j] = order[j], order[i]
-    enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    strength = (config.brightness, config.contrast, config.saturation)
-    for i in order:
-        amount = 2 * draws[i] - 1
-        if i < 3 and strength[i] > 0:
-            crop = enhance[i](crop).enhance(1 + strength[i] * amount)
-        elif i == 3 and config.hue > 0:
-            hue, saturation, value = crop.convert("HSV").split()
-            turned = (np.asarray(hue).astype(np.int16) + round(255 * config.hue * amount)).astype(np.uint8)
-            crop = Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
-    return crop
+    strength = (config.brightness, config.contrast, config.saturation, config.hue)
+    return [i if strength[i] > 0 else -1 for i in order]
 
 
 def normalise(

@@ -13,11 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from curation.store import Location
+from embedding.vit import ViT
 from training.config import TrainConfig
 from training.train_step import StepMetrics, TrainState
 
-_FORMAT = "openlvd-checkpoint-1"
-_KEPT = 2  # newest checkpoints that stay
+_FORMAT = "openlvd-checkpoint-2"
+_BEST = "best.safetensors"
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written."""
 
 
 class SkippedStep(NamedTuple):
@@ -34,11 +39,13 @@ class History:
     metrics: dict[str, np.ndarray]  # float64 (n_steps,), filled up to the step reached
     skipped: list[SkippedStep] = field(default_factory=list)
     bad_samples: dict[str, str] = field(default_factory=dict)  # key to reason, of images that did not decode
+    alarms: dict[str, str] = field(default_factory=dict)  # what was odd, by kind; of each the last time it was
 
     @classmethod
     def empty(cls, n_steps: int) -> "History":
         """Nothing measured yet."""
-        return cls({name: np.zeros(n_steps) for name in (*StepMetrics._fields, "replaced")})
+        metrics = {name: np.zeros(n_steps) for name in (*StepMetrics._fields, "replaced")}
+        return cls(metrics | {"knn_accuracy": np.full(n_steps, np.nan)})
 
 
 @dataclass
@@ -52,20 +59,47 @@ class Run:
     history: History
 
 
-def save_checkpoint(run: Run, step: int) -> None:
-    """Write ``checkpoint-{step:07d}.safetensors`` after ``step`` steps, aside and then renamed; keep the last two.
+def save_checkpoint(run: Run, step: int, keep: int = 2) -> None:
+    """Write ``checkpoint-{step:07d}.safetensors`` after ``step`` steps, aside and then renamed; keep the newest.
 
-    Holds a copy of the state in host memory.
+    keep: how many. Holds a copy of the state in host memory. Raises CheckpointFailed when it cannot be written: those
+    before stay.
     """
     folder, state, history = run.folder, run.state, run.history
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(state)}
     tensors |= {f"metrics.{name}": torch.from_numpy(values[:step].copy()) for name, values in history.metrics.items()}
     meta = {"format": _FORMAT, "step": step, "config": asdict(run.config), "data": run.data, "skipped": history.skipped,
-            "bad_samples": history.bad_samples}  # fmt: skip
-    with (folder / f"checkpoint-{step:07d}.safetensors").side_file() as side:
-        save_file(tensors, side, metadata={"openlvd": json.dumps(meta)})
-    for old in checkpoints(folder)[:-_KEPT]:
-        (folder / f"checkpoint-{old:07d}.safetensors").delete()
+            "bad_samples": history.bad_samples, "alarms": history.alarms}  # fmt: skip
+    _save(folder / f"checkpoint-{step:07d}.safetensors", tensors, meta)
+    steps = checkpoints(folder)
+    newest = [old for old in steps if old <= step][-keep:]  # those of later steps were torn, or they had been read
+    for old in steps:
+        if old not in newest:
+            (folder / f"checkpoint-{old:07d}.safetensors").delete()
+
+
+def save_best(run: Run, step: int) -> None:
+    """Keep the teacher's backbone after ``step`` steps as the best so far. Raises CheckpointFailed."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in run.state.teacher.backbone.state_dict().items()}
+    _save(run.folder / _BEST, tensors, {"format": _FORMAT, "step": step})
+
+
+def load_best(folder: Location, backbone: ViT) -> int:
+    """Fill a backbone with the best one and return its step. Raises FileNotFoundError when none was kept."""
+    tensors, meta = _read(folder / _BEST)
+    backbone.load_state_dict(tensors)
+    return int(meta["step"])
+
+
+def _save(file: Location, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    try:
+        with file.side_file() as side:
+            save_file(tensors, side, metadata={"openlvd": json.dumps(meta)})
+    except (OSError, SafetensorError) as e:
+        raise CheckpointFailed(
+            f"a checkpoint must fit where it is kept: {file} could not be written ({e}); those before it are whole, "
+            "make room and run again to go on from them"
+        ) from e
 
 
 def checkpoints(folder: Location) -> list[int]:
@@ -92,6 +126,7 @@ def restore_newest(run: Run) -> int:
             values[:step] = tensors[f"metrics.{name}"].numpy()
         history.skipped[:] = [SkippedStep(*item) for item in meta["skipped"]]
         history.bad_samples.update(meta["bad_samples"])
+        history.alarms.update(meta["alarms"])
         return step
     return 0
 
@@ -132,9 +167,22 @@ def _read(file: Location) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _check_same(meta: dict[str, Any], config: TrainConfig, data: str, step: int) -> None:
     """Raise ValueError unless the checkpoint is of this very run."""
-    ours, theirs = json.loads(json.dumps(asdict(config))), meta["config"]
-    differ = [f"train.{k} ({theirs.get(k)} there, {ours.get(k)} here)" for k in ours if ours[k] != theirs.get(k)]
+    ours, theirs = (_flat(each) for each in (json.loads(json.dumps(asdict(config))), meta["config"]))
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    differ = [
+        f"train.{name} ({theirs.get(name)} there, {ours.get(name)} here)"
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    ]
     if meta["data"] != data:
         differ.append("the shards")
-    if differ or ours.keys() != theirs.keys():
+    if differ:
         raise ValueError(f"the checkpoint of step {step} must be of the same run: got other {', '.join(differ)}")
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested fields, by dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out

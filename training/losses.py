@@ -1,5 +1,8 @@
 """The losses of DINO, iBOT and KoLeo, the teacher's targets, and what tells a collapse; float32 whatever comes in.
 
+The cross-entropies are written here on logits, as the papers have them; ``training.prototype_loss`` has the same values
+without all the logits at once, and is what the trainer runs.
+
 Legend: ``S`` student crops, ``G`` global crops, ``B`` images, ``K`` prototypes, ``N`` samples (usually G * B), ``M``
 masked patches, ``D`` width.
 """
@@ -54,20 +57,27 @@ def ibot_loss(
     return (ce_M * weight_M).sum() / n_crops
 
 
-def koleo_loss(cls_BD: Tensor) -> Tensor:
+def koleo_loss(cls_BD: Tensor, group: int | None = None) -> Tensor:
     """How near each image is to its nearest neighbour: -mean(ln distance) of unit rows, in nats (arXiv 1806.03198).
 
-    cls_BD: features of one crop of each image, of any length; call it outside autocast. Low when rows are spread
-    evenly, never below -ln 2. A row whose neighbour is nearer than 1e-4 adds nothing: two copies of an image
-    cannot be moved apart, and would give gradients of any size. Returns a float32 scalar, 0 for fewer than 2 rows.
-    Holds float32 (B, B). Which neighbour is nearest takes no gradient.
+    cls_BD: features of one crop of each image, of any length; call it outside autocast. group: neighbours are sought
+    among so many rows at a time, in order (DINOv3: 16); None: among all. Low when rows are spread evenly, never below
+    -ln 2. A row whose neighbour is nearer than 1e-4 adds nothing: two copies of an image cannot be moved apart, and
+    would give gradients of any size. Returns a float32 scalar, 0 for groups of fewer than 2 rows. Holds float32
+    (B, group). Which neighbour is nearest takes no gradient. Raises ValueError unless B is a multiple of the group.
     """
+    group = group or max(1, len(cls_BD))
+    if len(cls_BD) % group:
+        raise ValueError(f"koleo_loss needs a number of rows that is a multiple of the group ({group}): {len(cls_BD)}")
     unit_BD = F.normalize(cls_BD.float(), dim=-1)
-    if len(unit_BD) < 2:
+    if group < 2:
         return unit_BD.sum() * 0
+    unit_CGD = unit_BD.view(-1, group, unit_BD.shape[1])
     with torch.no_grad():
-        similarity_BB = (unit_BD @ unit_BD.T).fill_diagonal_(-torch.inf)  # no number is below every similarity
-        nearest_B = similarity_BB.argmax(dim=1)
+        similarity_CGG = unit_CGD @ unit_CGD.mT
+        similarity_CGG.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # no number is below every similarity
+        nearest_CG = similarity_CGG.argmax(dim=2)
+        nearest_B = (nearest_CG + torch.arange(len(unit_CGD), device=cls_BD.device)[:, None] * group).flatten()
     distance_B = ((unit_BD - unit_BD[nearest_B]).square().sum(dim=-1) + _EPSILON**2).sqrt()
     return -torch.where(distance_B < _DUPLICATE, 1.0, distance_B).log().mean()
 
@@ -129,3 +139,16 @@ def usage_perplexity(p_NK: Tensor) -> Tensor:
     """
     out: Tensor = entropy(p_NK.float().mean(dim=0)).exp()
     return out
+
+
+@torch.no_grad()
+def effective_rank(x_ND: Tensor) -> Tensor:
+    """How many directions rows use: exp of the entropy of the singular values, 1..min(N, D) (RankMe, arXiv 2210.02885).
+
+    A float32 scalar, nan when a row is not finite or all are 0. Alone it is no sign of health: KoLeo spreads features
+    that get no better.
+    """
+    x_ND = x_ND.float()
+    sigma = torch.linalg.svdvals(torch.nan_to_num(x_ND))
+    rank = entropy((sigma / sigma.sum())[None])[0].exp()
+    return torch.where(x_ND.isfinite().all(), rank, torch.nan)

@@ -13,9 +13,9 @@ _MOST_SHARE = 0.5  # of the grid, in one rectangle
 _ASPECT = 0.3  # height / width is in .3..1/.3, uniform in its logarithm
 
 
-def mask_rng(seed: int, step: int) -> np.random.Generator:
-    """The generator of one step's masks: a pure function of the key, whoever draws."""
-    return np.random.default_rng([seed, step, 0, 2])  # four words, the last apart from those of order and crops
+def mask_rng(seed: int, step: int, group: int = 0) -> np.random.Generator:
+    """The generator of the masks of one group of a step's images: a pure function of the key, whoever draws."""
+    return np.random.default_rng([seed, step, group, 2])  # four words, the last apart from those of order and crops
 
 
 def mask_counts(n_crops: int, n_patches: int, probability: float, ratio: tuple[float, float]) -> np.ndarray:

@@ -46,6 +46,14 @@ def warmup_constant_cooldown(
     return np.concatenate([ramp, np.full(n_steps - warmup - cooldown, peak), fall])
 
 
+def cosine_between(n_steps: int, start: float, end: float | None) -> np.ndarray:
+    """Half a cosine from ``start`` towards ``end``, which is not reached; constant without one. float64 (n_steps,).
+
+    The momentum of the teacher in DINO and DINOv2 (.992 to 1), and their weight decay (.04 to .4).
+    """
+    return _cosine(start, start if end is None else end, np.arange(n_steps) / max(n_steps, 1))
+
+
 def _cosine(peak: float, end: float, x: np.ndarray) -> np.ndarray:
     """Half a cosine from peak at x = 0 to end at x = 1."""
     return end + 0.5 * (peak - end) * (1 + np.cos(math.pi * x))
@@ -103,5 +111,8 @@ def backbone_rule(
 
 
 def head_rule(name: str, shape: tuple[int, ...]) -> ParamRule:
-    """The rule of the head parameter ``name``: full rate, no decay on vectors, prototypes are the last layer."""
-    return ParamRule(1.0, len(shape) > 1, last_layer=name == "prototypes")
+    """The rule of the head parameter ``name``: full rate, no decay on vectors.
+
+    The last layer is the prototypes, with their lengths where these are trained.
+    """
+    return ParamRule(1.0, len(shape) > 1, last_layer=name in ("prototypes", "lengths"))

@@ -1,9 +1,10 @@
 """Which image is seen when: a pure function of the shard index and a seed.
 
-A shard set is a folder with, for shard i, a WebDataset tar ``shard-{i:07d}.tar`` and its index
-``part-{i:07d}.parquet``. Samples are numbered through the whole run: number = step * batch + slot, epoch = number // N,
-position = number % N, where N is the sum of all counts. In each epoch the shards are permuted, cut into groups of
-``n_open``, and the samples of a group are permuted together. So the state of a reader is one integer, the step.
+A shard set is a folder with, for shard i, an index ``part-{i:07d}.parquet`` and beside it the WebDataset tar
+``shard-{i:07d}.tar``; or the index says where else its tar is. Samples are numbered through the whole run: number =
+step * batch + slot, epoch = number // N, position = number % N, where N is the sum of all counts. In each epoch the
+shards are permuted, cut into groups of ``n_open``, and the samples of a group are permuted together. So the state of a
+reader is one integer, the step.
 
 With a ``mix.json`` there are several components, each with an endless order of its own, from its own counts; which of
 them a slot shows, and how far that is, ``training.mixing`` says. Draw d of component c of C has number d * C + c.
@@ -11,7 +12,6 @@ them a slot shows, and how far that is, ``training.mixing`` says. Draw d of comp
 
 import io
 import re
-import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -21,17 +21,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
+from curation.artifact import Artifact, part_name
+from curation.listing import Root, file_at, root_of
 from curation.mix import MixSpec, read_mix
-from curation.shards import INDEX_SCHEMA
-from curation.store import Location
+from curation.shards import TarFacts, shard_name, tar_facts
+from curation.store import Location, RangeFile
 from training.mixing import Mixing
 
-_IMAGES = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "gif": "gif", "bmp": "bmp", "tif": "tiff",
-           "tiff": "tiff", "ppm": "ppm"}  # fmt: skip
 _READERS = 16  # requests at a time when totals or samples come over a network
+_TARS = 4096  # whose places a process remembers
 _SHARDS, _ROWS = 3, 4  # the last word of the key of a component's generators keeps them apart from all others of a run
+
+
+class ShardChangedError(ValueError):
+    """A tar is not the one that was indexed."""
+
+
+class ShardGoneError(FileNotFoundError):
+    """A tar that was indexed is not there."""
 
 
 class Sample(NamedTuple):
@@ -202,9 +210,7 @@ def list_shards(shards: Location) -> np.ndarray:
     names = (re.fullmatch(r"part-(\d{7,})\.parquet", entry.name) for entry in shards.list())
     ids = np.array(sorted(int(name[1]) for name in names if name), np.int64)
     if len(ids) == 0:
-        raise FileNotFoundError(
-            f"no shard index part-0000000.parquet in {shards}; training.stream.build_index makes one from a tar"
-        )
+        raise FileNotFoundError(f"no shard index {part_name(0)} in {shards}; `openlvd index` makes one of tars")
     return ids
 
 
@@ -214,7 +220,7 @@ def read_index(shards: Location, shard: int, columns: Sequence[str]) -> pa.Table
     Raises FileNotFoundError, or ValueError for a column that is not there, or a count that is too low: at least 1, in
     a component of a mix 0.
     """
-    name = f"part-{shard:07d}.parquet"
+    name = part_name(shard)
     with pq.ParquetFile(io.BytesIO((shards / name).read())) as file:
         table = file.read(columns=list(columns))
     for column in columns:
@@ -227,15 +233,21 @@ def read_index(shards: Location, shard: int, columns: Sequence[str]) -> pa.Table
     return table
 
 
-def shard_totals(shards: Location, shard_ids: np.ndarray, mix: MixSpec | None = None) -> np.ndarray:
+def shard_totals(
+    shards: Location, shard_ids: np.ndarray, mix: MixSpec | None = None, root: Root | None = None
+) -> np.ndarray:
     """Samples an epoch of each shard, int64 (n_shards,), of a mix (n_shards, n_components): the sums of its counts.
 
-    Reads every index file once.
+    Reads every index file once, and looks at every tar: a run does not begin when one is gone, or is not the one that
+    was indexed, or breaks off. ``root``: as ``locate_tar``. Raises ShardGoneError, ShardChangedError.
     """
     columns = ["count"] if mix is None else mix.columns
 
     def total(shard: int) -> list[int]:
-        table = read_index(shards, shard, columns)
+        table = read_index(shards, shard, [*columns, "offset", "length"])
+        tar, facts = _tar_of(shards, shard, tar_facts(table.schema.metadata), root)
+        ends = table["offset"].to_numpy() + table["length"].to_numpy()
+        _check_tar(tar, facts, int(ends.max(initial=0)))
         return [int(table[column].to_numpy().sum(dtype=np.int64)) for column in columns]
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -243,54 +255,59 @@ def shard_totals(shards: Location, shard_ids: np.ndarray, mix: MixSpec | None = 
     return totals[:, 0].copy() if mix is None else totals
 
 
-def read_images(shards: Location, samples: Sequence[Sample]) -> list[bytes]:
-    """The encoded bytes of each sample, short or empty where the shard is. Raises FileNotFoundError: no such shard."""
-    read = partial(_read_image, shards)
+def read_images(shards: Location, samples: Sequence[Sample], root: Root | None = None) -> list[bytes]:
+    """The encoded bytes of each sample, short or empty where the shard is. ``root``, errors: as ``locate_tar``."""
+    read = partial(_read_image, shards, root)
     if shards.is_local or len(samples) < 2:
         return list(map(read, samples))
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(read, samples))
 
 
-def _read_image(shards: Location, sample: Sample) -> bytes:
-    return (shards / f"shard-{sample.shard:07d}.tar").read(sample.offset, sample.length)
+def _read_image(shards: Location, root: Root | None, sample: Sample) -> bytes:
+    return locate_tar(shards, sample.shard, root).read(sample.offset, sample.length)
 
 
-def build_index(tar: Location, first_row: int = 0) -> pa.Table:
-    """The index of a WebDataset tar that came without one, in one pass; counts are 1, row ids go up from ``first_row``.
+@lru_cache(maxsize=_TARS)
+def locate_tar(shards: Location, shard: int, root: Root | None = None) -> Location:
+    """Where the tar of a shard is: beside its index, or, where the index names a tar, below ``root``.
 
-    A sample is the run of members with one name up to the first dot after the last slash; its first image member is
-    indexed, ``.cls`` is its label, samples without an image are left out. Member names are read, never used as paths.
-    Memory: the index and one image; an object on S3 is downloaded to a temporary file. Raises tarfile.ReadError.
+    ``root``: where the source of the tars is now; None takes what the manifest beside the index says. A tar that the
+    index names is looked at, once a process. Raises ShardGoneError, or ShardChangedError for another size.
     """
-    rows: list[dict[str, object]] = []
-    key = None
-    with tar.local_copy() as path, tarfile.open(path, "r:") as archive:
-        for member in archive:
-            folder, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if not member.isfile():
-                continue
-            if key != (folder, stem):
-                key, label, row = (folder, stem), None, None
-            extension = extension.lower()
-            if extension == "cls":
-                label = archive.extractfile(member).read().decode("utf-8", "replace").strip()  # type: ignore[union-attr]
-            kind = _IMAGES.get(extension.rpartition(".")[2])
-            if kind and row is None:
-                width, height = _image_size(archive.extractfile(member))
-                row = {"key": stem, "row_id": first_row + len(rows), "offset": member.offset_data, "count": 1,
-                       "length": member.size, "format": kind, "width": width, "height": height}  # fmt: skip
-                rows.append(row)
-            if row is not None:
-                row["label"] = label
-    return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+    file = str(shards / part_name(shard)) if shards.is_local else RangeFile(shards / part_name(shard))
+    with pq.ParquetFile(file) as index:
+        tar, facts = _tar_of(shards, shard, tar_facts(index.metadata.metadata), root)
+    if facts is not None:
+        _check_tar(tar, facts, 0)
+    return tar
 
 
-def _image_size(file: object) -> tuple[int, int]:
-    """Width and height from the header, (0, 0) when there is none."""
+def _tar_of(
+    shards: Location, shard: int, facts: TarFacts | None, root: Root | None
+) -> tuple[Location, TarFacts | None]:
+    if facts is None:
+        return shards / shard_name(shard), None
+    return file_at(root or _root_of(shards), facts.name), facts
+
+
+@lru_cache(maxsize=1)
+def _root_of(shards: Location) -> Root:
+    return root_of(Artifact(shards).outside("source"))
+
+
+def _check_tar(tar: Location, facts: TarFacts | None, end: int) -> None:
+    """Raise unless a tar is there, of the size that was indexed, and not shorter than the ``end`` of its last image."""
     try:
-        with Image.open(file) as image:  # type: ignore[arg-type]
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return 0, 0
+        size = tar.entry().size
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise ShardGoneError(f"{tar} must be the shard that its index is of: it is gone") from e
+    if facts is not None and size != facts.size:
+        raise ShardChangedError(
+            f"{tar} must be the shard that its index is of: it had {facts.size} bytes and has {size}"
+        )
+    if size < end:
+        raise ShardChangedError(
+            f"{tar} must be the shard that its index is of: it breaks off at {size} bytes, and the last image ends at "
+            f"{end}"
+        )

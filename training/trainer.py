@@ -3,48 +3,41 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from curation.listing import Root
 from curation.mix import read_mix
 from curation.store import Location
+from embedding.flops import matmul_rate
 from embedding.vit import ViT
-from training.checkpoint import History, Run, SkippedStep, restore_newest, save_checkpoint
+from training.augment_torch import batched_crops
+from training.begin import begin_with
+from training.checkpoint import History, Run, SkippedStep, load_best, restore_newest, save_best, save_checkpoint
 from training.config import TrainConfig, TrainResources
+from training.knn import LabelledImages
 from training.loader import Batch, LoaderPlan, batches
+from training.log import Log
+from training.monitor import alarms, doubts
 from training.stream import list_shards, shard_totals
+from training.throughput import Timing, train_flops
 from training.train_step import StepMetrics, StepSettings, TrainState, train_step
+from training.world import World, joined
 
 __all__ = ["Timing", "TrainConfig", "TrainDiverged", "TrainResources", "TrainResult", "train"]
 
 Progress = Callable[[int, int, str], None]  # step, n_steps, message
+LOG = "log"  # the folder of metrics.jsonl and TensorBoard's event files, beside the result
 
 
 class TrainDiverged(RuntimeError):
     """Loss or gradients were not finite for too many steps in a row."""
-
-
-class Timing:
-    """Wall-clock figures of this process; no part of the deterministic result."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0  # of all steps run here
-        self.wait_seconds = 0.0  # of them, without a batch
-        self.images = 0
-        self.resumed_at = 0  # step this process began with
-
-    @property
-    def images_per_second(self) -> float:
-        """Images of the stream, not crops."""
-        return self.images / self.seconds if self.seconds else 0.0
-
-    @property
-    def wait_share(self) -> float:
-        """Share of the time spent waiting for the loader."""
-        return self.wait_seconds / self.seconds if self.seconds else 0.0
 
 
 @dataclass
@@ -52,10 +45,12 @@ class TrainResult:
     """The teacher's backbone and what the run measured."""
 
     backbone: ViT  # on the CPU, in eval mode
-    metrics: dict[str, np.ndarray]  # float64 (n_steps,): the fields of StepMetrics, and replaced samples
+    step: int  # after which the backbone was so
+    metrics: dict[str, np.ndarray]  # float64 (n_steps,): the fields of StepMetrics, replaced samples, knn_accuracy
     skipped: list[SkippedStep]
     bad_samples: dict[str, str]  # key to reason, of images that did not decode and were replaced
-    timing: Timing
+    alarms: dict[str, str] = field(default_factory=dict)  # what was odd, by kind: "doubt 1", or of ``monitor.alarms``
+    timing: Timing = field(default_factory=Timing)
 
 
 def train(
@@ -64,62 +59,123 @@ def train(
     out: Location,
     resources: TrainResources | None = None,
     progress: Progress | None = None,
+    weights: str | None = None,
+    root: Root | None = None,
 ) -> TrainResult:
     """Train on a shard set, going on from the newest checkpoint under ``out / "scratch"``.
 
-    On a CPU the result is the same bytes for any number of workers and any kills. Sets torch's number of threads for
-    the process. Raises TrainDiverged, WorkerDied, FileNotFoundError for shards that are not there, and ValueError for
-    a checkpoint of another run. With ``n_steps`` 0 the shards are not read.
+    weights: where those that ``config.init`` names are; None: just there. root: where tars of others are, see
+    ``training.stream.locate_tar``.
+    Alone, or with the other processes that ``torchrun`` or ``training.launch`` started: each has its share of every
+    batch, and the first one writes. On a CPU the result is the same bytes for any number of loader workers and any
+    kills. Sets torch's number of threads for the process. Raises TrainDiverged, WorkerDied, CheckpointFailed,
+    FileNotFoundError for shards that are not there, and ValueError for a checkpoint of another run, or weights to begin
+    with of another shape. With ``n_steps`` 0 the shards are not read.
     """
     resources = resources or TrainResources()
     torch.set_num_threads(resources.threads)
-    state = TrainState(config, torch.device(resources.device))
-    history, timing = History.empty(config.n_steps), Timing()
-    if config.n_steps:
-        plan = _plan(config, shards)
-        run = Run(config, _digest(shards, plan), out / "scratch", state, history)
-        _run_steps(run, plan, resources, timing, progress)
-    backbone = state.teacher.backbone.cpu().eval()
-    return TrainResult(backbone, history.metrics, history.skipped, history.bad_samples, timing)
+    with joined(resources.device) as world:
+        state = _begin(config, resources, world, weights or config.init)
+        history, timing = History.empty(config.n_steps), Timing()
+        step = config.n_steps
+        if config.n_steps:
+            plan = _plan(config, shards, world, resources.crops_on, root)
+            run = Run(config, _digest(shards, plan), out / "scratch", state, history)
+            job = _Job(run, plan, resources, timing, out / LOG, progress)
+            _run_steps(job)
+            world.wait()  # until the first process has written what all may read
+        backbone = state.teacher.backbone.cpu().eval()
+        if config.result == "best" and config.n_steps:
+            step = load_best(out / "scratch", backbone)
+        return TrainResult(
+            backbone, step, history.metrics, history.skipped, history.bad_samples, history.alarms, timing
+        )
 
 
-def _run_steps(
-    run: Run, plan: LoaderPlan, resources: TrainResources, timing: Timing, progress: Progress | None
-) -> None:
-    """All steps that are left; ``run`` and ``timing`` are changed in place."""
-    run.folder.sweep()
-    start = timing.resumed_at = restore_newest(run)
-    settings, n_steps = schedule(run.config), run.config.n_steps
-    stream = _timed(batches(plan, start, n_steps, resources.n_workers, resources.prefetch), timing)
-    try:
+def _begin(config: TrainConfig, resources: TrainResources, world: World, weights: str | None) -> TrainState:
+    """The state before the first step."""
+    device = torch.device(resources.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in float32
+    state = TrainState(config, device, world)
+    if config.init is not None and weights is not None:
+        begin_with(state.student.backbone, weights, config.image_size)
+        state.teacher.backbone.load_state_dict(state.student.backbone.state_dict())
+    if resources.compile:
+        for block in (*state.student.backbone.blocks, *state.teacher.backbone.blocks):
+            block.compile()
+    return state
+
+
+@dataclass
+class _Job:
+    """A run with all that watches it; of several processes the first alone has ``progress`` and writes."""
+
+    run: Run
+    plan: LoaderPlan
+    resources: TrainResources
+    timing: Timing
+    log: Location
+    progress: Progress | None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes."""
+        return self.run.state.world.rank == 0
+
+
+def _run_steps(job: _Job) -> None:
+    """All steps that are left; the run is changed in place."""
+    run, config, resources, world = job.run, job.run.config, job.resources, job.run.state.world
+    if job.leads:
+        run.folder.sweep()
+    world.wait()
+    start = job.timing.resumed_at = restore_newest(run)
+    world.wait()
+    for i, doubt in enumerate(doubts(config, int(job.plan.totals.sum())), 1):
+        run.history.alarms[f"doubt {i}"] = doubt
+    images = LabelledImages(job.plan.shards, config, job.plan.root) if config.knn_every and job.leads else None
+    settings, n_steps = schedule(config), config.n_steps
+    with ExitStack() as stack:
+        reporter = stack.enter_context(_reporting(job, start)) if job.leads else None
+        stream = _timed(batches(job.plan, start, n_steps, resources.n_workers, resources.prefetch), job)
+        stack.callback(stream.close)  # ends the workers, whatever happened
         for batch in stream:
-            metrics = _one_step(run, batch, settings[batch.step])
+            metrics = _one_step(job, batch, settings[batch.step])
             done = batch.step + 1
-            if progress is not None:
-                progress(done, n_steps, _message(metrics, run.config))
-            if resources.checkpoint_every and done % resources.checkpoint_every == 0:
-                save_checkpoint(run, done)
-    finally:
-        stream.close()  # ends the workers, whatever happened
+            if images is not None and (done % config.knn_every == 0 or done == n_steps):
+                _measure(job, images, batch.step)
+            if reporter is not None:
+                reporter.tell(batch.step, metrics)
+                if resources.checkpoint_every and done % resources.checkpoint_every == 0:
+                    save_checkpoint(run, done, resources.keep_checkpoints)
+                    reporter.log.flush()
 
 
 def schedule(config: TrainConfig) -> list[StepSettings]:
     """The settings of every step."""
-    lr, temperature = config.lr_schedule(), config.temperature_schedule()
-    frozen = config.freeze_last_layer_steps
-    return [StepSettings(i, float(lr[i]), float(temperature[i]), i < frozen) for i in range(config.n_steps)]
+    columns = (config.lr_schedule(), config.temperature_schedule(), config.momentum_schedule(),
+               config.weight_decay_schedule())  # fmt: skip
+    lrs, temperatures, momenta, decays = (column.tolist() for column in columns)
+    frozen, still = config.freeze_last_layer_steps, config.init_frozen_steps if config.init else 0
+    return [
+        StepSettings(i, lrs[i], temperatures[i], momenta[i], decays[i], i < frozen, i < still)
+        for i in range(config.n_steps)
+    ]
 
 
-def _one_step(run: Run, batch: Batch, settings: StepSettings) -> StepMetrics:
+def _one_step(job: _Job, batch: Batch, settings: StepSettings) -> StepMetrics:
     """Take the step and write down what it measured. Raises TrainDiverged."""
-    config, history, step = run.config, run.history, batch.step
-    crops = torch.from_numpy(batch.globals), torch.from_numpy(batch.locals)
-    metrics = train_step(run.state, *crops, config, settings)
-    for name, value in (*metrics._asdict().items(), ("replaced", float(len(batch.bad)))):
+    state, config, history, step = job.run.state, job.run.config, job.run.history, batch.step
+    metrics = train_step(state, *_crops(batch, config, state.device), config, settings, job.resources.micro_batch)
+    bad = _everybody(state.world, batch.bad)
+    for name, value in (*metrics._asdict().items(), ("replaced", float(len(bad)))):
         history.metrics[name][step] = value
-    history.bad_samples.update(batch.bad)
+    history.bad_samples.update(dict(bad))
     if metrics.skipped:
-        history.skipped.append(SkippedStep(step, batch.keys))
+        history.skipped.append(SkippedStep(step, _everybody(state.world, batch.keys)))
+    history.alarms |= {kind: f"step {step}: {text}" for kind, text in alarms(step, metrics, config).items()}
     recent = history.metrics["skipped"][max(0, step + 1 - config.max_bad_steps) : step + 1]
     if len(recent) == config.max_bad_steps and recent.all():
         raise TrainDiverged(
@@ -130,19 +186,111 @@ def _one_step(run: Run, batch: Batch, settings: StepSettings) -> StepMetrics:
     return metrics
 
 
-def _plan(config: TrainConfig, shards: Location) -> LoaderPlan:
+def _crops(batch: Batch, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The crops of a batch, made here of its pictures when the loader has not made them."""
+    if batch.pictures is not None:
+        return batched_crops(*batch.pictures, (config.image_size, config.local_size), device)
+    if batch.globals is None or batch.locals is None:
+        raise ValueError("a batch must have crops or pictures: got neither")
+    return torch.from_numpy(batch.globals), torch.from_numpy(batch.locals)
+
+
+def _everybody(world: World, some: list[Any]) -> list[Any]:
+    """The lists of all processes, one behind the other; told only when one is not empty."""
+    if not world.total(len(some)):
+        return []
+    return [item for part in world.gather(list(some)) for item in part]
+
+
+def _measure(job: _Job, images: LabelledImages, step: int) -> None:
+    """k-NN accuracy of the teacher after a step; the best one so far is kept."""
+    run = job.run
+    known = run.history.metrics["knn_accuracy"]
+    best = np.nanmax(known, initial=-1.0)
+    known[step] = images.accuracy(run.state.teacher.backbone, run.state.device)
+    if run.config.result == "best" and known[step] > best:
+        save_best(run, step + 1)
+
+
+class _Reporter:
+    """Tells people and programs how a run goes."""
+
+    def __init__(self, job: _Job, log: Log) -> None:
+        self.job, self.log = job, log
+        self.flops = train_flops(job.run.config) * job.run.config.batch  # of a step
+        cuda = job.resources.device.startswith("cuda")
+        self.peak = matmul_rate(job.resources.device) * job.run.state.world.size if cuda else math.nan
+        self.before = job.timing.copy()
+
+    def tell(self, step: int, metrics: StepMetrics) -> None:
+        """One step is done."""
+        job, config = self.job, self.job.run.config
+        accuracy = job.run.history.metrics["knn_accuracy"][step]
+        last = step + 1 == config.n_steps
+        rare = math.isfinite(accuracy) or math.isfinite(metrics.rank)  # measured in few steps: none is left out
+        if (step + 1) % job.resources.log_every == 0 or last or rare:
+            recent, self.before = job.timing.since(self.before), job.timing.copy()
+            rate = recent.steps / recent.seconds if recent.seconds else math.nan
+            values = metrics._asdict() | {
+                "knn_accuracy": float(accuracy),
+                "images_per_second": recent.images_per_second,
+                "wait_share": recent.wait_share,
+                "mfu": rate * self.flops / self.peak,
+                "seconds_left": (config.n_steps - step - 1) / rate if rate else math.nan,
+                "alarms": sorted(job.run.history.alarms),
+            }
+            self.log.add(step, values)
+        if job.progress is not None:
+            job.progress(step + 1, config.n_steps, self.message(metrics))
+
+    def message(self, metrics: StepMetrics) -> str:
+        """One line for people."""
+        job, config = self.job, self.job.run.config
+        k = config.head.prototypes
+        parts = (("DINO", metrics.dino_loss), ("iBOT", metrics.ibot_loss), ("KoLeo", metrics.koleo_loss))
+        on = (True, config.ibot_weight > 0, config.koleo_weight > 0)
+        shares = ", ".join(f"{name} {value:.3f}" for (name, value), is_on in zip(parts, on, strict=True) if is_on)
+        measured = job.run.history.metrics["knn_accuracy"]
+        known = measured[np.isfinite(measured)]
+        rate = job.timing.steps / job.timing.seconds if job.timing.seconds else math.nan
+        mfu = rate * self.flops / self.peak
+        said = [
+            f"loss {metrics.loss:.3f} ({shares})",
+            f"teacher entropy {metrics.teacher_entropy:.3f} of {math.log(k):.3f}",
+            f"prototypes used {metrics.usage_perplexity:.0f} of {k}",
+            f"k-NN {known[-1]:.1%}" if len(known) else "",
+            f"{job.timing.images_per_second:.0f} images/s",
+            f"MFU {mfu:.0%}" if math.isfinite(mfu) else "",
+            f"waiting {job.timing.wait_share:.0%}",
+            f"lr {metrics.lr:.2g}",
+            "skipped: not finite" if metrics.skipped else "",
+        ]
+        return ", ".join(filter(None, said))
+
+
+@contextmanager
+def _reporting(job: _Job, start: int) -> Iterator[_Reporter]:
+    with Log(job.log, start) as log:
+        yield _Reporter(job, log)
+
+
+def _plan(config: TrainConfig, shards: Location, world: World, crops_on: str, root: Root | None) -> LoaderPlan:
     mix = read_mix(shards)
+    share = config.batch // world.size
     return LoaderPlan(
         shards=shards,
-        totals=shard_totals(shards, list_shards(shards), mix),
+        totals=shard_totals(shards, list_shards(shards), mix, root),
         mix=mix,
         batch=config.batch,
+        slots=(world.rank * share, (world.rank + 1) * share),
         seed=config.seed,
         n_open=config.n_open,
         augment=config.augment,
         global_size=config.image_size,
         local_size=config.local_size,
         n_local=config.n_local,
+        crops_on=crops_on,
+        root=root,
     )
 
 
@@ -152,9 +300,9 @@ def _digest(shards: Location, plan: LoaderPlan) -> str:
     return hashlib.sha256(list_shards(shards).tobytes() + plan.totals.tobytes() + mix).hexdigest()
 
 
-def _timed(source: Generator[Batch, None, None], timing: Timing) -> Generator[Batch, None, None]:
+def _timed(source: Generator[Batch, None, None], job: _Job) -> Generator[Batch, None, None]:
     """The batches of ``source``, with the time taken inside it and outside it written down."""
-    before = time.perf_counter()
+    timing, before = job.timing, time.perf_counter()
     try:
         for batch in source:
             got = time.perf_counter()
@@ -162,20 +310,8 @@ def _timed(source: Generator[Batch, None, None], timing: Timing) -> Generator[Ba
             yield batch
             now = time.perf_counter()
             timing.seconds += now - before
-            timing.images += len(batch.keys)
+            timing.images += job.run.config.batch
+            timing.steps += 1
             before = now
     finally:
         source.close()
-
-
-def _message(metrics: StepMetrics, config: TrainConfig) -> str:
-    """One line for people."""
-    k = config.n_prototypes
-    parts = (("dino", metrics.dino_loss), ("ibot", metrics.ibot_loss), ("koleo", metrics.koleo_loss))
-    on = (True, config.ibot_weight > 0, config.koleo_weight > 0)
-    shares = ", ".join(f"{name} {value:.3f}" for (name, value), is_on in zip(parts, on, strict=True) if is_on)
-    return (
-        f"loss {metrics.loss:.3f} ({shares}), teacher entropy {metrics.teacher_entropy:.3f} of {math.log(k):.3f}, "
-        f"prototypes used {metrics.usage_perplexity:.0f} of {k}, lr {metrics.lr:.2g}"
-        + (", skipped: not finite" if metrics.skipped else "")
-    )

@@ -12,6 +12,7 @@ from pipelines.report.classes import classes
 from pipelines.report.clusters import clusters
 from pipelines.report.drawings import Node
 from pipelines.report.drift import drifts
+from pipelines.report.maps import patch_maps
 from pipelines.report.models import backbones, scores, trainings
 from pipelines.report.pairs import duplicates, leaks
 from pipelines.report.rejected import rejected
@@ -24,7 +25,7 @@ KINDS = {
     "pool": "source", "union": "source", "select": "choice", "dedup": "choice", "decontaminate": "choice",
     "retrieve": "choice", "sample": "choice", "mix": "choice", "embed": "vectors", "neighbors": "vectors",
     "cluster": "vectors", "score": "vectors", "shards": "source", "train": "model", "evaluate": "model",
-    "report": "model", "calibrate": "model", "assign": "vectors",
+    "index": "source", "report": "model", "calibrate": "model", "assign": "vectors",
 }  # fmt: skip
 CHOICES = (("mix",), ("sample",), ("retrieve",), ("decontaminate", "dedup", "select"))  # the last word comes first
 NOT_FINISHED = "not finished"
@@ -65,6 +66,7 @@ def build_page(run: Run) -> str:
         classes=classes(run),
         trainings=trainings(run),
         scores=scores(run),
+        maps=patch_maps(run),
         backbones=backbones(run),
     )
 

@@ -25,10 +25,11 @@ class ReportConfig:
     n_clusters: int = 24  # clusters with pictures, from the largest to the smallest
     n_rejected: int = 6  # files of each reason
     n_classes: int = 30  # classes with a bar, the most frequent
+    n_maps: int = 8  # images of an evaluation whose patches are shown; it has no more than 8
     seed: int = 0  # of what is drawn at random
 
     def __post_init__(self) -> None:
-        for name in ("n_pairs", "n_images", "n_clusters", "n_rejected", "n_classes"):
+        for name in ("n_pairs", "n_images", "n_clusters", "n_rejected", "n_classes", "n_maps"):
             if not 0 <= getattr(self, name) <= MAX_SHOWN:
                 raise ValueError(f"report.{name} must be in 0..{MAX_SHOWN}: got {getattr(self, name)}")
 

@@ -273,15 +273,18 @@ def check_counts(config: PoolConfig, counts: Counts, out: Output) -> None:
         )
 
 
-def check_bad(most: float, counts: Counts, out: Output) -> None:
-    """Stop a step when more than a share ``most`` of its images are bad, with the first in its ``rejected-*``."""
+def check_bad(most: float, counts: Counts, out: Output, reasons: Sequence[str] = BAD_REASONS) -> None:
+    """Stop a step when more than a share ``most`` of its images are bad, with the first in its ``rejected-*``.
+
+    reasons: those in there that count as bad.
+    """
     if counts["bad"] <= most * counts["rows"]:
         return
     rejected = sorted(file.name for file in out.files if file.name.startswith("rejected-") and file.rows)
     examples: list[str] = []
     for name in rejected[:20]:
         table = read_table(out.location / name, ["source", "reason", "detail"])
-        bad = table.filter(pc.is_in(table["reason"], pa.array(BAD_REASONS))).slice(0, 3)
+        bad = table.filter(pc.is_in(table["reason"], pa.array(reasons))).slice(0, 3)
         examples += [f"{row['source']} ({row['detail']})" for row in bad.to_pylist()]
     raise UserError(
         f"at most {most:.3g} of the images may be bad (max_bad_fraction): "

@@ -31,4 +31,4 @@ def run(config: ReportConfig, inputs: Inputs, out: Output, executor: Executor) -
     return {"rows": len(steps), "kept": len(steps), "dropped": 0, "bad": 0}
 
 
-STAGE = Stage(version=5, config=ReportConfig, run=run, reads_all=True, locations=("labels",), look=look)
+STAGE = Stage(version=6, config=ReportConfig, run=run, reads_all=True, locations=("labels",), look=look)

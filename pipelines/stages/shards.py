@@ -21,6 +21,7 @@ from curation.shards import (
     mixed_order,
     plan_groups,
     shard_bounds,
+    shard_name,
 )
 from curation.shuffle import read_shuffle, write_shuffle
 from curation.store import Location
@@ -63,11 +64,6 @@ class Source(NamedTuple):
     def n_counts(self) -> int:
         """How many counts a row has: how often it is seen, and of a mix how often in each component."""
         return 1 + (len(self.spec.components) if self.spec else 0)
-
-
-def shard_name(index: int) -> str:
-    """``shard-0000012.tar`` for 12."""
-    return f"shard-{index:07d}.tar"
 
 
 def run(config: ShardsConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:

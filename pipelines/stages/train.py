@@ -3,62 +3,129 @@
 import json
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from curation.artifact import Artifact, Counts, FileInfo, describe, part_name, write_table
 from curation.execute import Executor
-from curation.store import Location
+from curation.listing import Root, root_of
+from curation.store import Entry, Location, file_sha256
+from pipelines.errors import UserError
+from pipelines.recipe import STEP
 from pipelines.stage import Inputs, Output, Stage
-from pipelines.stages.embed import executor_gpus
+from pipelines.stages.embed import MODEL_HINT, resources_of
+from pipelines.stages.index import unchanged_shards
 from training.config import TrainConfig, TrainResources
+
+if TYPE_CHECKING:
+    from training.trainer import TrainResult
 
 POLL_S = 1.0  # between looks at how far the trainer is
 NAMES = ("config.json", "model.safetensors", part_name(0))
+FACTS = "facts"  # in scratch: what the trainer says of the run beside its counts
+LISTED = 1000  # bad samples that facts name
+
+
+def look(config: TrainConfig) -> tuple[Sequence[Entry] | None, None]:
+    """The weights to begin with that no step of the recipe made: name, size and sha256 of their files."""
+    if config.init in (None, STEP):
+        return None, None
+    from embedding.backbone import weight_files
+
+    try:
+        files = weight_files(config.init)
+    except ValueError as e:
+        raise UserError(str(e), MODEL_HINT) from e
+    return [Entry(path.name, path.stat().st_size, file_sha256(path)) for path in files], None
 
 
 def run(config: TrainConfig, inputs: Inputs, out: Output, executor: Executor) -> Counts:
     """Write the teacher's backbone, and the metrics of every step as ``part-0000000.parquet``."""
-    shards: Artifact = inputs["shards"]
-    gpus = executor_gpus(executor)
-    resources = getattr(executor, "resources", None)
-    speed = TrainResources(
-        device="cuda" if gpus else "cpu",
-        n_workers=getattr(resources, "loader_workers", 0),
-        checkpoint_every=getattr(resources, "checkpoint_every", 1000),
-    )
-    make = partial(make_trainer, config, shards.location, out.location, speed)
+    job, resources = train_job(config, inputs, out.location, executor), resources_of(executor)
+    gpus = resources.gpus and max(resources.gpus, resources.train_processes)
     with shown(out.scratch("progress"), getattr(executor, "progress", None)):
-        out.make_by_workers(make, [None], [NAMES], gpus)
+        out.make_by_workers(partial(make_trainer, job), [None], [NAMES], gpus)
+    facts = out.scratch(FACTS)
+    out.facts |= json.loads(facts.read()) if facts.exists() else {}
     return next(file.counts for file in out.files if file.name == NAMES[-1])
 
 
-def make_trainer(
-    config: TrainConfig, shards: Location, out: Location, speed: TrainResources
-) -> Callable[[None], list[FileInfo]]:
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What a worker needs to train."""
+
+    config: TrainConfig
+    shards: Location
+    out: Location
+    speed: TrainResources
+    n_processes: int
+    init: Artifact | None
+    root: Root | None  # where the tars of others are now
+
+    def train(self) -> "TrainResult":
+        """Train in this process, which may be one of several. Raises what ``training.trainer.train`` raises."""
+        from training.trainer import train
+
+        if self.init is None:
+            return train(self.config, self.shards, self.out, self.speed, self.tell, root=self.root)
+        with tempfile.TemporaryDirectory(prefix="openlvd-") as folder:
+            for name in NAMES[:2]:
+                (Path(folder) / name).write_bytes((self.init.location / name).read())
+            return train(self.config, self.shards, self.out, self.speed, self.tell, folder, self.root)
+
+    def tell(self, step: int, n_steps: int, message: str) -> None:
+        """Note how far the trainer is."""
+        if step % 10 == 0 or step == n_steps:
+            (self.out / "scratch" / "progress").write(json.dumps([step, n_steps, message]).encode())
+
+
+def train_job(config: TrainConfig, inputs: Inputs, out: Location, executor: Executor) -> TrainJob:
+    """A training as the inputs of the step and the resources of the run say."""
+    shards: Artifact = inputs["shards"]
+    resources = resources_of(executor)
+    return TrainJob(
+        config=config,
+        shards=shards.location,
+        out=out,
+        speed=TrainResources(
+            device="cuda" if resources.gpus else "cpu",
+            n_workers=resources.loader_workers,
+            checkpoint_every=resources.checkpoint_every,
+            micro_batch=resources.micro_batch,
+            crops_on=resources.crops_on,
+            compile=resources.compile and resources.gpus > 0,
+        ),
+        n_processes=resources.train_processes,
+        init=inputs.get("init"),
+        root=root_of(shards.outside("source")) if shards.stage == "index" else None,
+    )
+
+
+def make_trainer(job: TrainJob) -> Callable[[None], list[FileInfo]]:
     """A worker that trains from the newest checkpoint on."""
     from embedding.backbone import save_vit
     from embedding.preprocess import Preprocess
-    from training.trainer import train
+    from training.launch import in_processes
 
-    def tell(step: int, n_steps: int, message: str) -> None:
-        if step % 10 == 0 or step == n_steps:
-            (out / "scratch" / "progress").write(json.dumps([step, n_steps, message]).encode())
-
+    config, out = job.config, job.out
     preprocess = Preprocess(
         size=config.image_size, keep_aspect=False, crop=None, mean=config.augment.mean, std=config.augment.std
     )
 
     def work(_: None) -> list[FileInfo]:
-        result = train(config, shards, out, speed, tell)
+        with unchanged_shards():
+            result = in_processes(job.n_processes, job.train) if job.n_processes > 1 else job.train()
         with tempfile.TemporaryDirectory(prefix="openlvd-") as folder:
             save_vit(folder, result.backbone, preprocess)
             for name in NAMES[:2]:
                 (out / name).write((Path(folder) / name).read_bytes())
+        (out / "scratch" / FACTS).write(json.dumps(facts_of(result)).encode())
         skipped = len(result.skipped)
         counts = {"rows": config.n_steps * config.batch, "kept": (config.n_steps - skipped) * config.batch,
                   "dropped": skipped * config.batch, "bad": 0,
@@ -69,19 +136,29 @@ def make_trainer(
     return work
 
 
+def facts_of(result: "TrainResult") -> dict[str, Any]:
+    """What the page says of a training beside its curves: nothing that depends on time or workers."""
+    return {
+        "step": result.step,
+        "alarms": dict(sorted(result.alarms.items())),
+        "skipped": [{"step": skipped.step, "keys": skipped.keys} for skipped in result.skipped],
+        "replaced": dict(sorted(result.bad_samples.items())[:LISTED]),
+    }
+
+
 @contextmanager
-def shown(noted: Location, progress: Callable[[int, int], None] | None) -> Iterator[None]:
+def shown(noted: Location, progress: Callable[[int, int, str, str], None] | None) -> Iterator[None]:
     """Pass on how far the trainer is, which it notes in a file, for it may run on another machine."""
     stop = threading.Event()
 
     def poll() -> None:
         while not stop.wait(POLL_S):
             try:
-                step, n_steps, _ = json.loads(noted.read())
+                step, n_steps, message = json.loads(noted.read())
             except FileNotFoundError:
                 continue
             if progress is not None:
-                progress(step, n_steps)
+                progress(step, n_steps, "steps", message)
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -92,4 +169,12 @@ def shown(noted: Location, progress: Callable[[int, int], None] | None) -> Itera
         thread.join()
 
 
-STAGE = Stage(version=3, config=TrainConfig, run=run, reads={"shards": ("shards",)})
+STAGE = Stage(
+    version=4,
+    config=TrainConfig,
+    run=run,
+    reads={"shards": ("shards",)},
+    step_or_value={"init": ("train",)},
+    has_presets=True,
+    look=look,
+)

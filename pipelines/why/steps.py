@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 
 from curation.artifact import Artifact
 from curation.pool import MEASURES
+from curation.shards import shard_name
 from curation.tar_writer import EXTENSIONS
-from pipelines.stages.shards import shard_name
 from pipelines.why.clusters import tell_cluster, tell_retrieve, tell_sample
 from pipelines.why.find import Image, rows_where
 from pipelines.why.near import tell_decontaminate, tell_dedup, tell_neighbors
@@ -181,7 +181,7 @@ def tell_evaluate(run: Run, step: Artifact, image: Image) -> Iterator[Told]:
         yield Told("bank", f"votes with its label {label}", {"label": label}, [])
 
 
-NOTHING_TO_SAY = frozenset({"train", "calibrate", "report"})  # of one image
+NOTHING_TO_SAY = frozenset({"index", "train", "calibrate", "report"})  # of one image
 TELL: dict[str, Tell] = {
     "pool": tell_pool,
     "union": tell_union,

@@ -1,4 +1,4 @@
-"""Embedding, the search for neighbours, or clustering, on one NVIDIA GPU: each piece alone, and all of it together.
+"""Embedding, the search for neighbours, clustering or training, on one NVIDIA GPU: each piece alone, and all together.
 
 Needs torch, Pillow and numpy alone, and no installed package: run it from anywhere in a copy of the repository. Cases
 of ``--part embed``:
@@ -40,6 +40,28 @@ and of ``--part assign`` (``gpu_assign``):
     kernel      the three highest scores of 65,536 rows alone, by every config of the triton kernel (its numbers are
                 those of ``nearest_triton.Config``), beside torch; ``of_peak`` is the share of the peak
 
+of ``--part trainer`` (``gpu_trainer``):
+
+    matmul      as above
+    check       two small steps on the GPU and on the CPU; ``off`` is the largest relative difference of what they
+                measure, ``ours`` the cosine between what they change
+    augment     crops of the GPU beside those of the CPU for the same draws, by both precisions of float32 products
+    feed        images/s without a step: crops made on the GPU, and what worker processes decode, or decode and crop
+    compute     ViT-L/16, B/16 and S/16 on crops that lie on the GPU; ``ratio`` is MFU, the share of the measured peak;
+                ``bar`` and ``aim`` are images/s
+    fed         the same from JPEGs, crops made on the GPU or by the workers; ``waiting`` is the share of the time in
+                which no batch was there, ``ratio`` that of the rate without files
+    prototypes  memory of the losses at 131,072 prototypes, by chunks and by all logits
+
+and ``--part train-tiny`` (``gpu_tiny``): a ViT-Ti/4 trained on CIFAR-10 by the clock, in a process of its own that goes
+on from its checkpoint, and what it is worth: k-NN and linear accuracy. Needs safetensors too. Its other options:
+
+    --pack FOLDER    first write --data from the Parquet files of CIFAR-10 (image, label) in FOLDER, and end
+    --minutes M      of training; --batch, --lr: as ``gpu_tiny`` says
+    --folder FOLDER  where checkpoints are; a second call goes on with them
+    --out FOLDER     where the weights come to lie at the end
+    --wait SECONDS   until the call returns, while the training goes on
+
     python tests/bench/bench_gpu.py [--part PART] [--tiny] [--data FOLDER] [--rows N] [--seed S] [--json FILE]
 
 --tiny: small, on the CPU, to see that it runs. --data: a folder of JPEGs; without it pictures with the spectrum of
@@ -47,6 +69,7 @@ photographs are made. --json is written after every case. A part ends within 9 m
 """
 
 import argparse
+import gc
 import hashlib
 import io
 import itertools
@@ -67,6 +90,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import gpu_assign
 import gpu_neighbors
+import gpu_trainer
 import numpy as np
 import torch
 from bench_decode import photographs
@@ -81,6 +105,7 @@ from embedding.preprocess import Preprocess
 from embedding.vit import ViT
 from embedding.vit_config import ViTConfig
 
+PARTS = ("embed", "neighbors", "assign", "trainer", "train-tiny")
 MEAN_BYTES = 112_000  # of a JPEG
 FORWARD_AIM = 0.6  # share of the measured peak
 RATE_AIM = 2500  # images/s, from files to rows
@@ -89,6 +114,7 @@ LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99}
 MAX_PIXELS = 10**8
 TAR_IMAGES = 2048
 PREPROCESS = Preprocess()
+DEADLINE = 470  # seconds from the start after which no case of the part trainer begins that takes a minute
 FAILURES = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)  # of a case
 Row = dict[str, Any]
 
@@ -135,6 +161,8 @@ class Bench:
         self.size = gpu_neighbors.FULL if plan.device == "cuda" else gpu_neighbors.TINY
         self.assigned = gpu_assign.FULL if plan.device == "cuda" else gpu_assign.TINY
         self.given: gpu_assign.Given | None = None
+        self.trained = gpu_trainer.full_size() if plan.device == "cuda" else gpu_trainer.TINY
+        self.start = time.perf_counter()
 
     def add(self, case: str, aim: float | None = None, aimed: str = "ratio", **fields: Any) -> None:
         """Keep a row; aim: what ``aimed`` must be at least, on a GPU."""
@@ -308,20 +336,68 @@ class Bench:
             raise ValueError("rows come from the step before: it failed")
         self.add("kernel", **gpu_assign.kernel(self.given, self.plan.device, self.peak, seconds))
 
+    def check(self) -> None:
+        """Steps, GPU beside CPU."""
+        for row in gpu_trainer.check(self.trained, self.plan.device, self.seed):
+            self.add("check", **row)
+
+    def augment(self) -> None:
+        """Crops, GPU beside CPU."""
+        for row in gpu_trainer.augment_check(self.trained, self.files, self.plan.device, self.seed):
+            self.add("augment", **row)
+
+    def feed(self) -> None:
+        """The data without the training."""
+        for row in gpu_trainer.feed(self.trained, self.files, self.plan.device, self.seed):
+            self.add("feed", **row)
+
+    def train(self, shape: gpu_trainer.Shape) -> None:
+        """Steps of one backbone."""
+        if time.perf_counter() - self.start > DEADLINE:
+            raise TimeoutError(f"{shape.name} must begin within {DEADLINE} s: the cases before took longer")
+        rows = gpu_trainer.train_shape(shape, self.trained, self.files, self.plan.device, self.seed, self.peak)
+        try:
+            for case, aim, row in rows:
+                self.add(case, aim, "ours", **row)
+        finally:
+            rows.close()
+            self.clear()
+
+    def prototypes(self) -> None:
+        """Memory of the losses."""
+        self.clear()
+        self.add("prototypes", **gpu_trainer.prototype_memory(self.trained, self.plan.device, self.seed))
+        self.clear()
+
+    def clear(self) -> None:
+        """Give back what ended cases held on the GPU."""
+        gc.collect()
+        if self.plan.device == "cuda":
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+
     def run(self, part: str) -> None:
         """All cases of a part. One that fails is told, and the others go on: time on such a machine is dear."""
         parts: dict[str, list[Callable[[], None]]] = {
             "embed": [self.matmul, self.forward, self.parity, self.decode, self.end_to_end, self.oom],
             "neighbors": [self.matmul, self.tile, self.join, self.exact],
             "assign": [self.matmul, self.small, self.step, self.assign, self.kernel],
+            "trainer": [
+                self.matmul,
+                self.check,
+                self.augment,
+                self.feed,
+                self.prototypes,
+                *(partial(self.train, shape) for shape in self.trained.shapes),
+            ],
         }
         for case in parts[part]:
-            start = time.perf_counter()
+            start, name = time.perf_counter(), getattr(case, "__name__", "train")
             try:
                 case()
             except (*FAILURES, *gpu_assign.TRITON_ERRORS) as e:
-                self.missed.append(f"{case.__name__}: {type(e).__name__}: {e}")
-            print(f"{case.__name__}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+                self.missed.append(f"{name}: {type(e).__name__}: {e}")
+            print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         self.missed += [
             f"{row['case']}: {row['ours']:.4g} {row['unit']}, ratio {row.get('ratio', 1):.3g}, aim {row['aim']:g}"
             for row in self.rows
@@ -435,9 +511,13 @@ def made_photographs(n: int, seed: int) -> list[bytes]:
 def main(args: argparse.Namespace) -> int:
     """Run all cases and report. Returns 1 when an aim or a floor is missed."""
     torch.set_num_threads(1)
+    if args.part == "train-tiny":
+        import gpu_tiny  # it needs safetensors
+
+        return gpu_tiny.main(args)
     plan = (tiny_plan if args.tiny else full_plan)(args.rows)
     files: list[bytes] = []
-    if args.part != "embed":
+    if args.part in ("neighbors", "assign"):
         bench = Bench(plan, files, args.seed, args.json)
         bench.size = bench.size._replace(rows=args.rows or bench.size.rows)
         bench.assigned = bench.assigned._replace(rows=args.rows or bench.assigned.rows)
@@ -458,5 +538,12 @@ if __name__ == "__main__":
     parser = arguments(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--tiny", action="store_true", help="small, on the CPU")
-    parser.add_argument("--part", choices=("embed", "neighbors", "assign"), default="embed")
+    parser.add_argument("--part", choices=PARTS, default="embed")
+    parser.add_argument("--pack", type=Path, help="train-tiny: a folder with CIFAR-10's Parquet files")
+    parser.add_argument("--minutes", type=float, default=15.0, help="train-tiny: of training")
+    parser.add_argument("--batch", type=int, default=512, help="train-tiny: images a step")
+    parser.add_argument("--lr", type=float, help="train-tiny: peak rate; default: .001 * sqrt(batch / 512)")
+    parser.add_argument("--folder", type=Path, help="train-tiny: where checkpoints are")
+    parser.add_argument("--out", type=Path, help="train-tiny: where the weights come to lie")
+    parser.add_argument("--wait", type=float, default=560.0, help="train-tiny: seconds until the call returns")
     sys.exit(main(parser.parse_args()))

@@ -11,6 +11,7 @@ from embedding.vit_config import ViTConfig
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "patch_size": 4, "layer_scale": 0.5}
 V2 = {"n_registers": 0, "position": "learned", "key_bias": True, "patch_size": 14, "image_size": 518, "norm_eps": 1e-6}
+V1 = V2 | {"patch_size": 16, "image_size": 224, "layer_scale": None}
 S, B, L = ({"width": w, "depth": d, "heads": h} for w, d, h in ((384, 12, 6), (768, 12, 12), (1024, 24, 16)))
 G = {"width": 1536, "depth": 40, "heads": 24, "ffn": "swiglu"}
 SIX = {"ffn": "swiglu", "mlp_ratio": 6.0}
@@ -51,12 +52,19 @@ VARIANTS = [
         (S | V2 | {"image_size": 224, "ffn": "swiglu"}, 21_635_328),
         (B | V2, 86_580_480),
         (B | V2 | {"n_registers": 4}, 86_583_552),
+        (B | V2 | {"image_size": 224}, 85_725_696),
+        (B | V2 | {"image_size": 224, "patch_size": 16}, 85_817_856),
         (B | V2 | {"image_size": 224, "ffn": "swiglu"}, 85_737_984),
         (L | V2, 304_368_640),
+        (L | V2 | {"n_registers": 4}, 304_372_736),
+        (L | V2 | {"image_size": 224}, 303_228_928),
         (L | V2 | {"image_size": 224, "patch_size": 16}, 303_351_808),
         (L | V2 | {"image_size": 224, "ffn": "swiglu"}, 303_655_168),
         (G | V2, 1_136_480_768),
         (G | V2 | {"n_registers": 4}, 1_136_486_912),
+        (G | V2 | {"image_size": 224}, 1_134_771_200),
+        (S | V1, 21_665_664 + 384),  # DINO has no mask token
+        (B | V1, 85_798_656 + 768),
         (S, 21_596_544),
         (S | SIX, 28_692_864),
         (B, 85_660_416),
@@ -65,6 +73,11 @@ VARIANTS = [
         (HUGE | SIX, 840_592_640),
         (SEVEN_B | {"qkv_bias": False}, 6_716_035_072),
         (S | {"key_bias": True}, 21_601_152),
+        (S | SIX | {"key_bias": True}, 28_697_472),
+        (B | {"key_bias": True}, 85_669_632),
+        (L | {"key_bias": True}, 303_154_176),
+        (L | SIX | {"key_bias": True}, 403_915_776),
+        (HUGE | SIX | {"key_bias": True}, 840_633_600),
         (L | {"key_bias": True, "n_registers": 0}, 303_150_080),
         (HUGE | {"key_bias": True, "n_registers": 0}, 630_749_440),
         (SO400M | {"key_bias": True, "n_registers": 0}, 415_406_592),

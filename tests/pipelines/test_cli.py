@@ -57,7 +57,8 @@ LISTENING = (
 
 def test_an_interrupt_is_one_sentence(tiny, tmp_path):
     recipe = tmp_path / "r.yaml"
-    train = "{stage: train, shards: raw, width: 64, depth: 2, heads: 2, image_size: 32, patch_size: 8, local_size: 16}"
+    vit = "{width: 64, depth: 2, heads: 2, patch_size: 8}"
+    train = f"{{stage: train, shards: raw, vit: {vit}, image_size: 32, local_size: 16}}"
     recipe.write_text(
         f"steps:\n  web: {{stage: pool, source: {tiny.images}/exam}}\n  raw: {{stage: shards, pool: web}}\n"
         f"  first: {train}\n"

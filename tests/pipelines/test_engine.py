@@ -147,8 +147,8 @@ def test_what_a_change_makes_obsolete_is_not_noted(tiny, tmp_path):
     root = tmp_path / "other"
     shutil.copytree(tiny.root, root)
     states(changed(tiny.recipe, "exam", source=str(images / "exam")), root, "exam")
-    apart = {"web", "exam", "usable", "web_copy", "near", "unique", "raw", "first", "alike", "near_cells", "scored",
-             "liked", "fit"}  # fmt: skip
+    apart = {"web", "exam", "usable", "web_copy", "near", "unique", "raw", "found", "first", "alike", "near_cells",
+             "scored", "liked", "fit"}  # fmt: skip
     assert noted_done(root) == [name for name in names if name in apart]
 
 

@@ -77,10 +77,11 @@ def recipe(folder: Path) -> dict[str, Any]:
             "shards": {"stage": "shards", "pool": "web", "shard_rows": 64, "mix_rows": PART_ROWS},
             "mixed_shards": {"stage": "shards", "pool": "both", "selection": "mixed", "shard_rows": 64,
                              "mix_rows": PART_ROWS},
+            "found": {"stage": "index", "source": str(folder / "web")},
             "first": {"stage": "train", "shards": "shards", **TRAIN},
             "scored": {"stage": "score", "embeddings": "web_vec", "head": str(folder / "head.safetensors")},
             "liked": {"stage": "select", "pool": "web", "scores": ["scored"], "where": "score > 0.5 and width > 0"},
-            "score": {"stage": "evaluate", "backbone": "pixels", "bank": "web", "queries": "exam"},
+            "score": {"stage": "evaluate", "backbone": "pixels", "bank": "web", "queries": "exam", "linear_rows": 256},
             "fit": {"stage": "calibrate", "pool": "web", "selection": "usable", "backbone": "pixels", "n_images": 96},
             "page": {"stage": "report"},
         }

@@ -112,6 +112,11 @@ def test_overrides_change_steps_resources_and_the_seed():
     apply_override(parsed, "web.min_side=7")
     apply_override(parsed, "resources.workers=1")
     apply_override(parsed, "seed=9")
+    before = parsed["steps"]["web"]
+    apply_override(parsed, "web.columns.blue=2")
+    apply_override(parsed, "web.columns.red=1")
+    assert parsed["steps"]["web"].pop("columns") == {"blue": 2, "red": 1}
+    assert "columns" not in before  # which other steps may share
     recipe = parse_recipe(parsed, STAGES)
     assert (recipe.steps[0].config.min_side, recipe.resources.workers, recipe.seed) == (7, 1, 9)
 
@@ -121,7 +126,8 @@ def test_overrides_change_steps_resources_and_the_seed():
     [
         ("web.min_side=[1", "needs a YAML value"),
         ("web", "step.key=value"),
-        ("a.b.c=1", "step.key=value"),
+        ("web..c=1", "step.key=value"),
+        ("a.b.c=1", "'a', which is not in the recipe"),
         ("wep.min_side=3", "'wep', which is not in the recipe"),
     ],
 )

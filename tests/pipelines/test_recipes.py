@@ -1,5 +1,6 @@
 """Every recipe that comes with the package runs, in miniature: other sources, backbones and sizes, the same steps."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ def small(name: str, folder: Path) -> Recipe:
         if entry["stage"] == "embed" and entry["backbone"] not in MODEL_FREE:
             overrides.append(f"{step}.backbone=pixels")
         if entry["stage"] == "train":
-            changes = {**TRAIN, "n_registers": 0, "layer_scale": None, "freeze_last_layer_steps": 1,
-                       "teacher_temperature_steps": 3, "augment": "{}", "precision": "float32",
-                       "n_local": 1}  # fmt: skip
-            overrides += [f"{step}.{key}={'null' if value is None else value}" for key, value in changes.items()]
+            vit = {**TRAIN["vit"], "n_registers": 0, "layer_scale": None}
+            changes = {**TRAIN, "vit": vit, "freeze_last_layer_steps": 1, "teacher_temperature_steps": 3,
+                       "augment": {}, "precision": "float32", "n_local": 1, "group": 16}  # fmt: skip
+            overrides += [f"{step}.{key}={json.dumps(value)}" for key, value in changes.items()]
     return read_recipe(Location(name), overrides, STAGES)
 
 

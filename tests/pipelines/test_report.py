@@ -1,3 +1,4 @@
+import base64
 import math
 import re
 from collections import Counter
@@ -25,6 +26,7 @@ from pipelines.report.page import build_page
 from pipelines.report.run import ReportConfig, Run
 from pipelines.stage import SELECTIONS
 from pipelines.stages.certificate import read_certificates
+from pipelines.stages.maps import MAPS
 from pipelines.stages.report import STAGE
 from pipelines.stages.table import STAGES
 
@@ -473,10 +475,54 @@ def test_curves_accuracies_and_backbones_are_those_of_the_artifacts(tiny, html, 
     table = read_table(tiny.artifact("first").part(0))
     assert f"ln K = {math.log(64):.2f}" in html
     assert f"The DINO loss ends at {np.nanmean(table['dino_loss'].to_numpy()[-1:]):.2f} nats" in page.words()
-    assert f"<b>{100 * tiny.artifact('score').facts['accuracy']:.1f} %</b>" in html
+    facts = tiny.artifact("score").facts
+    bars = html[html.index('id="accuracy"') : html.index('id="patches"')]
+    for css, accuracy in (("after", "accuracy"), ("before", "linear_accuracy")):
+        bar = rf'<i class="{css}"[^>]* style="width:{100 * facts[accuracy]:.2f}%"><b>{100 * facts[accuracy]:.1f} %</b>'
+        assert len(re.findall(bar, bars)) == 1
     digest = next(f.sha256 for f in tiny.artifact("first").files if f.name == "model.safetensors")
     rows = {row[1]: row for row in table_below(page, "backbone")}
     assert rows["first"][2] == digest[:16] and rows["first"][4] == "web_vec, exam_vec, score, fit"
+
+
+def test_patches_are_shown_beside_their_images(tiny, html, page):
+    rows = read_table(tiny.artifact("score").location / MAPS).to_pylist()
+    section = html[html.index('id="patches"') : html.index('id="backbones"')]
+    assert f"first on exam: {2 * 32} x {2 * 32} pixels, 8 x 8 patches" in section
+    assert [row["label"] for row in rows] == re.findall(r"<figcaption[^>]*>label (\w+)<", section)
+    shown = re.findall(r'<img src="data:image/(\w+);base64,([^"]*)" alt="([^"]*)"', section)
+    assert len(shown) == 3 * len(rows) == 24
+    for i, row in enumerate(rows):
+        _, components, attention = shown[3 * i : 3 * i + 3]
+        assert (components[0], base64.b64decode(components[1])) == ("png", row["components"])
+        assert (attention[0], base64.b64decode(attention[1])) == ("png", row["attention"])
+    one = page_of(artifacts(tiny), n_maps=1)
+    assert one[one.index('id="patches"') : one.index('id="backbones"')].count("<img") == 3
+
+
+def test_what_an_evaluation_lacks_is_left_out(tiny, tmp_path):
+    """A page of artifacts of an older version, without a probe and maps; and of an encoder without attention."""
+    score, steps = tiny.artifact("score"), artifacts(tiny)
+    folder = Location(str(tmp_path)) / "score" / "made"
+    for file in score.files:
+        table = read_table(score.location / file.name)
+        if file.name == MAPS:
+            empty = pa.nulls(len(table), pa.binary())
+            table = table.set_column(table.schema.get_field_index("attention"), "attention", empty)
+        write_table(folder / file.name, table, file.counts)
+    head = {key: value for key, value in score.manifest.items() if key not in ("files", "digest", "format")}
+    head["inputs"] = {key: {**entry, "path": str((score.location.parent.parent / entry["path"]).path)}
+                      for key, entry in head["inputs"].items()}  # fmt: skip
+    head["facts"] = {key: value for key, value in head["facts"].items() if "linear" not in key}
+    infos = [describe(folder / file.name) for file in score.files]
+    bare = page_of({**steps, "score": finish(folder, infos, head)})
+    Page(bare)
+    assert (
+        "linear probe" not in bare
+        and bare[bare.index('id="patches"') : bare.index('id="backbones"')].count("<img") == 2 * 8
+    )
+    older = page_of({**steps, "score": finish(folder, [info for info in infos if info.name != MAPS], head)})
+    assert 'id="patches"' not in older and 'id="accuracy"' in older
 
 
 def test_nothing_is_loaded_from_elsewhere_and_no_script_runs(html, page):
@@ -528,8 +574,8 @@ def small_page(folder, tmp_path, clusters=(3,), target=4, **config):
 def test_a_recipe_without_a_kind_of_step_has_no_such_section(tiny, html):
     steps = artifacts(tiny)
     bare = page_of({"exam": steps["exam"]})
-    for section in ("rejected", "duplicates", "leaks", "clusters", "classes", "training", "accuracy", "backbones",
-                    "thresholds"):  # fmt: skip
+    for section in ("rejected", "duplicates", "leaks", "clusters", "classes", "training", "accuracy", "patches",
+                    "backbones", "thresholds"):  # fmt: skip
         assert f'id="{section}"' in html
         assert f'id="{section}"' not in bare
     Page(bare)
@@ -537,12 +583,12 @@ def test_a_recipe_without_a_kind_of_step_has_no_such_section(tiny, html):
 
 def test_pictures_are_bounded_and_can_be_left_out(tiny, html):
     assert len(html) < MAX_BYTES
-    few = Page(page_of(artifacts(tiny), n_pairs=1, n_images=2, n_clusters=3, n_rejected=1))
+    few = Page(page_of(artifacts(tiny), n_pairs=1, n_images=2, n_clusters=3, n_rejected=1, n_maps=2))
     n_pair_sections = 1 + 4 + 2 + 2 + 1  # dedup, references, what components join, retrieve, calibrate
     n_hierarchies = sum(entry.stage == "cluster" for entry in artifacts(tiny).values())
     in_clusters = n_hierarchies * (3 * 2 + 3 * browser.N_CHILDREN * 2)
-    assert len(few.images()) <= 2 * 3 * n_pair_sections + in_clusters + 3
-    none = Page(page_of(artifacts(tiny), n_pairs=0, n_images=0, n_clusters=0, n_rejected=0, n_classes=0))
+    assert len(few.images()) <= 2 * 3 * n_pair_sections + in_clusters + 3 + 3 * 2
+    none = Page(page_of(artifacts(tiny), n_pairs=0, n_images=0, n_clusters=0, n_rejected=0, n_classes=0, n_maps=0))
     assert not none.images()
     with pytest.raises(ValueError, match=r"report\.n_pairs must be in 0\.\.48: got 49"):
         ReportConfig(n_pairs=49)

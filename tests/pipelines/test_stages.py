@@ -169,7 +169,7 @@ def test_a_bank_without_labels_is_told_before_anything_is_embedded(tmp_path):
 def test_a_bank_whose_labelled_images_are_all_bad_predicts_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "MAX_PIXELS", SMALL)
     with pytest.raises(UserError, match="the bank must have labelled images that decode: got none"):
-        score(tmp_path, {"a/0.png": png(0, 64), "1.png": png(1)}, {"b/x.png": png(1, 31)})
+        score(tmp_path, {"a/0.png": png(0, 64), "b/2.png": png(2, 64), "1.png": png(1)}, {"b/x.png": png(1, 31)})
 
 
 @pytest.mark.parametrize(("step", "module", "name"), [("balanced", sample, "leaf_quotas"), ("score", evaluate, "pc")])

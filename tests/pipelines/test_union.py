@@ -164,8 +164,8 @@ def test_what_does_not_belong_together_is_refused(images, tmp_path, name, step, 
     tree = steps_of(images)
     if name == "other":
         tree["exam_shards"] = {"stage": "shards", "pool": "exam"}
-        tree["model"] = {"stage": "train", "shards": "exam_shards", "width": 32, "depth": 1, "heads": 2,
-                         "patch_size": 8,
+        tree["model"] = {"stage": "train", "shards": "exam_shards",
+                         "vit": {"width": 32, "depth": 1, "heads": 2, "patch_size": 8},
                          "image_size": 32, "local_size": 16, "n_steps": 0, "warmup_steps": 0}  # fmt: skip
         tree["mean_vec"] = {"stage": "embed", "pool": "exam", "backbone": "model"}
     tree[name] = {"stage": "union", **step}

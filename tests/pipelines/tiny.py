@@ -1,6 +1,7 @@
 """A small pool of real images and a recipe with every stage, for the tests of the pipeline."""
 
 import io
+import tarfile
 from collections.abc import Sequence
 from itertools import pairwise
 from multiprocessing.connection import wait
@@ -44,11 +45,30 @@ def make_images(folder: Path) -> None:
         (exam / str(target[i])).mkdir(parents=True, exist_ok=True)
         digit(i).save(exam / str(target[i]) / f"{i:04d}.png")
     names = [f"{i:04d}.png" for i in range(N_WEB)]
+    write_tars(folder / "tars")
     labels = pa.table({"source": names, "label": [str(label) for label in target[:N_WEB]]})
     pq.write_table(labels, folder / "labels.parquet")
     write_head(folder / "head.safetensors")
     for i in range(N_WEB, N_WEB + 5):  # leaks
         digit(i).save(web / f"leak-{i:04d}.png", compress_level=1)
+
+
+def write_tars(folder: Path) -> None:
+    """WebDataset tars of others: eight with seven digits each, one key without an image, and a tar that is cut."""
+    folder.mkdir()
+    for t in range(8):
+        with tarfile.open(folder / f"{t:05d}.tar", "w") as tar:
+            for i in range(7 * t, 7 * t + 7):
+                out = io.BytesIO()
+                digit(i).save(out, "PNG")
+                for suffix, data in (("png", out.getvalue()), ("cls", b"%d" % load_digits().target[i])):
+                    member = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+            if t == 3:
+                tar.addfile(tarfile.TarInfo("9999.txt"))
+    whole = (folder / "00005.tar").read_bytes()
+    (folder / "00005.tar").write_bytes(whole[: whole.rindex(b"PNG")])
 
 
 def write_head(path: Path, widths: Sequence[int] = (PIXELS_WIDTH, 8, 1), **metadata: str) -> dict[str, np.ndarray]:
@@ -94,9 +114,9 @@ def living(marks: list[str]) -> list[str]:
 
 
 TRAIN = {
-    "width": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "local_size": 16, "n_local": 2,
-    "init_gain": 1.0, "n_prototypes": 64, "head_hidden": 32, "head_bottleneck": 16, "ibot_prototypes": 32,
-    "ibot_hidden": 32, "ibot_bottleneck": 16, "n_steps": 6, "warmup_steps": 1, "batch": 16,
+    "vit": {"width": 32, "depth": 2, "heads": 2, "patch_size": 8}, "image_size": 32, "local_size": 16, "n_local": 2,
+    "init_gain": 1.0, "head": {"prototypes": 64, "hidden": 32, "bottleneck": 16},
+    "ibot_head": {"prototypes": 32, "hidden": 32, "bottleneck": 16}, "n_steps": 6, "warmup_steps": 1, "batch": 16,
 }  # fmt: skip
 
 
@@ -124,6 +144,7 @@ def recipe(folder: Path, part_rows: int = 16) -> dict[str, Any]:
                 "min_similarity": 0.99,
             },
             "raw": {"stage": "shards", "pool": "web", "selection": "usable", "shard_rows": 16, "mix_rows": 40},
+            "found": {"stage": "index", "source": str(folder / "tars"), "max_bad_fraction": 0.1},
             "first": {"stage": "train", "shards": "raw", **TRAIN},
             "web_vec": {"stage": "embed", "pool": "web", "selection": "clean", "backbone": "first"},
             "tree": {"stage": "cluster", "embeddings": "web_vec", "n_clusters": [20, 5], "n_resamples": 2,
@@ -175,7 +196,7 @@ def recipe(folder: Path, part_rows: int = 16) -> dict[str, Any]:
 STEP_OF_STAGE = {
     "pool": "web", "union": "both_copy", "select": "usable", "embed": "web_vec", "neighbors": "near", "dedup": "unique",
     "decontaminate": "clean", "retrieve": "near_seeds", "cluster": "tree", "sample": "balanced", "mix": "mixed",
-    "shards": "shards", "train": "first", "evaluate": "score", "report": "page",
+    "shards": "shards", "index": "found", "train": "first", "evaluate": "score", "report": "page",
     "score": "scored", "calibrate": "fit", "assign": "new_tree",
 }  # fmt: skip
 

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from curation.mix import MIX_FILE, count_column, spec_of, write_mix
+from curation.shards import INDEX_SCHEMA
 from curation.store import Location
+from embedding.vit_config import ViTConfig
 from training.augment import AugmentConfig
-from training.config import TrainConfig
-from training.stream import INDEX_SCHEMA
+from training.config import HeadConfig, TrainConfig
 
 torch.set_num_threads(1)
 
@@ -29,8 +30,8 @@ def encode_png(image):
     return out.getvalue()
 
 
-def write_shards(folder, shards, counts=None):
-    """shards: a list of lists of (key, encoded bytes). counts: key to repeats, 1 where absent."""
+def write_shards(folder, shards, counts=None, labels=None):
+    """shards: a list of lists of (key, encoded bytes). counts, labels: of a key, 1 and none where absent."""
     row_id = 0
     Path(folder).mkdir(parents=True, exist_ok=True)
     for i, samples in enumerate(shards):
@@ -40,7 +41,7 @@ def write_shards(folder, shards, counts=None):
                 info = tarfile.TarInfo(f"{key}.png")
                 info.size = len(data)
                 rows.append({"key": key, "row_id": row_id, "offset": tar.offset + 512, "length": len(data),
-                             "format": "png", "label": None, "width": 32, "height": 32,
+                             "format": "png", "label": (labels or {}).get(key), "width": 32, "height": 32,
                              "count": (counts or {}).get(key, 1)})  # fmt: skip
                 tar.addfile(info, io.BytesIO(data))
                 row_id += 1
@@ -93,12 +94,22 @@ def digit_shards(digits, tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("digits"), [samples[:200], samples[200:400], samples[400:]])
 
 
+@pytest.fixture(scope="session")
+def labelled_digits(digits, tmp_path_factory):
+    """119 digits with their labels in 2 shards, and one file that is no image."""
+    images, labels = digits
+    samples = [(f"{i:03d}", encode_png(images[i])) for i in range(119)] + [("broken", b"no image")]
+    of = {f"{i:03d}": str(labels[i]) for i in range(119)} | {"broken": "7"}
+    return write_shards(tmp_path_factory.mktemp("labelled"), [samples[:50], samples[50:]], labels=of)
+
+
 MILD = AugmentConfig(
     global_scale=(0.5, 1), local_scale=(0.2, 0.5), hflip=0, jitter=0, grayscale=0, blur=(0, 0, 0), solarize=0
 )
 TINY = TrainConfig(
-    width=32, depth=2, heads=2, patch_size=8, n_registers=1, layer_scale=None, image_size=32, local_size=16, n_local=2,
-    n_prototypes=64, head_hidden=64, head_bottleneck=32, ibot_prototypes=48, ibot_hidden=40, ibot_bottleneck=24,
+    vit=ViTConfig(width=32, depth=2, heads=2, patch_size=8, n_registers=1, layer_scale=None),
+    image_size=32, local_size=16, n_local=2, head=HeadConfig(prototypes=64, hidden=64, bottleneck=32),
+    ibot_head=HeadConfig(prototypes=48, hidden=40, bottleneck=24),
     momentum=0.9, n_steps=8, batch=8, lr=1e-3, warmup_steps=2, n_open=2, augment=MILD,
 )  # fmt: skip
 

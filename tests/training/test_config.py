@@ -3,15 +3,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from training.config import TrainConfig, TrainResources
+from training.config import HeadConfig, TrainConfig, TrainResources
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"image_size": 30}, r"train.image_size must be a multiple of train.patch_size \(8\): got 30"),
+        ({"image_size": 30}, r"train.image_size must be a multiple of train.vit.patch_size \(8\): got 30"),
         ({"local_size": 12}, r"train.local_size must be a multiple"),
-        ({"width": 33}, "vit.width must be a multiple of vit.heads"),
         ({"batch": 0}, "train.batch must be at least 1: got 0"),
         ({"n_steps": -1}, "train.n_steps must be at least 0: got -1"),
         ({"lr": float("nan")}, "train.lr must be above 0: got nan"),
@@ -23,10 +22,14 @@ from training.config import TrainConfig, TrainResources
         ({"warmup_steps": 8}, r"must fit into train.n_steps \(8\): got 8 and 2"),
         ({"teacher_temperature_start": 0.0}, "train.teacher_temperature_start must be above 0"),
         ({"init_gain": 0.0}, "train.init_gain must be above 0"),
-        ({"n_local": 0, "n_prototypes": 0}, "train.n_prototypes must be at least 1"),
-        ({"ibot_prototypes": 0}, "train.ibot_prototypes must be at least 1: got 0"),
-        ({"ibot_hidden": 0}, "train.ibot_hidden must be at least 1: got 0"),
-        ({"ibot_bottleneck": 0}, "train.ibot_bottleneck must be at least 1: got 0"),
+        ({"final_momentum": 2.0}, r"train.final_momentum must be in \[0, 1\]: got 2.0"),
+        ({"final_weight_decay": -1.0}, "train.final_weight_decay must be at least 0: got -1.0"),
+        ({"clip": "all"}, "train.clip must be 'module' or 'parameter': got 'all'"),
+        ({"koleo_crops": 3}, "train.koleo_crops must be 1 or 2: got 3"),
+        ({"group": 3}, r"train.group must divide train.batch \(8\): got 3"),
+        ({"group": 4, "koleo_group": 8}, r"train.koleo_group must divide the images of a group \(4\): got 8"),
+        ({"result": "best"}, "train.knn_every must be set for train.result 'best': got 0"),
+        ({"knn_every": -1}, "train.knn_every must be at least 0: got -1"),
         ({"ibot_weight": -1.0}, "train.ibot_weight must be at least 0: got -1.0"),
         ({"ibot_weight": float("nan")}, "train.ibot_weight must be at least 0: got nan"),
         ({"koleo_weight": -0.1}, "train.koleo_weight must be at least 0: got -0.1"),
@@ -49,7 +52,25 @@ def test_a_grid_too_small_for_masks_is_fine_without_ibot(tiny):
     assert replace(tiny, image_size=8, ibot_weight=0.0).image_size == 8
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prototypes": 0}, "head.prototypes must be at least 1: got 0"),
+        ({"hidden": 0}, "head.hidden must be at least 1: got 0"),
+        ({"bottleneck": 0}, "head.bottleneck must be at least 1: got 0"),
+        ({"norm": "weight"}, "head.norm must be 'fixed', 'trained' or 'none': got 'weight'"),
+    ],
+)
+def test_a_bad_field_of_a_head_is_named(fields, words):
+    with pytest.raises(ValueError, match=words):
+        HeadConfig(**fields)
+
+
 def test_bad_resources_are_named():
+    with pytest.raises(ValueError, match=r"train\.resources\.micro_batch must be at least 1: got 0"):
+        TrainResources(micro_batch=0)
+    with pytest.raises(ValueError, match=r"train\.resources\.crops_on must be 'worker' or 'device': got 'gpu'"):
+        TrainResources(crops_on="gpu")
     with pytest.raises(ValueError, match=r"train\.resources\.n_workers must be at least 0: got -1"):
         TrainResources(n_workers=-1)
 
@@ -67,4 +88,13 @@ def test_schedules_have_a_value_a_step(tiny):
 
 
 def test_the_defaults_hold_together():
-    assert TrainConfig().vit().width == 384
+    assert TrainConfig().vit.width == 384
+    assert TrainConfig().images_a_group == TrainConfig().batch
+
+
+def test_cosines_between_two_values(tiny):
+    moving = replace(tiny, momentum=0.992, final_momentum=1.0, final_weight_decay=0.4)
+    np.testing.assert_allclose(moving.momentum_schedule()[[0, 4]], [0.992, 0.996])
+    np.testing.assert_allclose(moving.weight_decay_schedule()[[0, 4]], [0.04, 0.22])
+    assert moving.momentum_schedule()[-1] < 1
+    assert set(tiny.momentum_schedule()) == {tiny.momentum} and set(tiny.weight_decay_schedule()) == {0.04}

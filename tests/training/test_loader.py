@@ -2,6 +2,9 @@ import io
 import os
 import signal
 import time
+from collections import deque
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from curation.mix import read_mix
 from curation.store import Location, client
 from embedding.decode import decode_rgb
 from training.augment import AugmentConfig, crop_rng, multi_crop
+from training.augment_torch import batched_crops
 from training.loader import LoaderPlan, WorkerDied, batches
 from training.stream import Stream, list_shards, shard_totals
 
@@ -40,8 +44,9 @@ def assert_same(a, b):
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         assert (x.step, x.keys, x.bad, x.components) == (y.step, y.keys, y.bad, y.components)
-        np.testing.assert_array_equal(x.globals, y.globals)
-        np.testing.assert_array_equal(x.locals, y.locals)
+        arrays = [(batch.globals, batch.locals, *(batch.pictures or ())) for batch in (x, y)]
+        for one, other in zip(*arrays, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_a_batch_is_the_crops_of_its_samples(shards):
@@ -66,6 +71,60 @@ def test_workers_change_no_byte_and_a_late_start_neither(shards):
     assert_same(list(batches(plan, 0, 9, n_workers=1, prefetch=1)), here)
     assert_same(list(batches(plan, 6, 9, n_workers=2, prefetch=3)), here[6:])
     assert list(batches(plan, 3, 3, n_workers=2)) == []
+
+
+@pytest.mark.parametrize("cuts", [(0, 2, 8), (0, 1, 7, 8)])
+def test_slots_of_several_processes_make_the_whole_batch(mixed, cuts):
+    """Also of a mix, and where a sample is bad."""
+    plan = plan_of(mixed, batch=8)
+    whole = list(batches(plan, 0, 12))
+    parts = [list(batches(replace(plan, slots=slots), 0, 12)) for slots in pairwise(cuts)]
+    for batch, *of_step in zip(whole, *parts, strict=True):
+        assert [key for part in of_step for key in part.keys] == batch.keys
+        assert [bad for part in of_step for bad in part.bad] == batch.bad
+        assert [c for part in of_step for c in part.components] == batch.components
+        np.testing.assert_array_equal(np.concatenate([part.globals for part in of_step], axis=1), batch.globals)
+        np.testing.assert_array_equal(np.concatenate([part.locals for part in of_step], axis=1), batch.locals)
+    assert any(batch.bad for batch in whole)
+
+
+def test_pictures_become_the_crops_of_the_workers(mixed):
+    plan = plan_of(mixed, batch=8, global_size=24, local_size=12)
+    device = replace(plan, crops_on="device")
+    left = list(batches(device, 0, 6))
+    for batch, crops in zip(left, batches(plan, 0, 6), strict=True):
+        assert (batch.globals, batch.locals) == (None, None)
+        assert (batch.keys, batch.bad, batch.components) == (crops.keys, crops.bad, crops.components)
+        assert batch.pictures.sizes.tolist() == [[20, 24]] * 8
+        made = batched_crops(*batch.pictures, (24, 12))
+        for a, b in zip(made, (crops.globals, crops.locals), strict=True):
+            difference = np.abs(a.numpy().astype(int) - b)
+            assert difference.max() <= 1
+            assert difference.mean() < 0.01
+    assert_same(list(batches(device, 0, 6, n_workers=2, prefetch=1)), left)
+    (part,) = batches(replace(device, slots=(2, 5)), 3, 4)
+    np.testing.assert_array_equal(part.pictures.drawn, left[3].pictures.drawn[:, 2:5])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"slots": (0, 6)}, r"slots must be a range within 0\.\.5: got 0\.\.6"),
+        ({"slots": (2, 2)}, r"slots must be a range within 0\.\.5: got 2\.\.2"),
+        ({"crops_on": "gpu"}, "crops_on must be 'worker' or 'device': got 'gpu'"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(shards, fields, words):
+    with pytest.raises(ValueError, match=words):
+        plan_of(shards, **fields)
+
+
+def test_batches_are_the_same_where_memory_cannot_be_shared(shards, monkeypatch):
+    plan = plan_of(shards)
+    expected = list(batches(plan, 0, 4))
+    assert_same(list(batches(plan, 0, 4, n_workers=1)), expected)
+    monkeypatch.setattr("training.loader.open_memory", lambda: None)
+    assert_same(list(batches(plan, 0, 4, n_workers=1)), expected)
 
 
 def test_a_bad_sample_is_counted_and_replaced_by_the_next_of_the_stream(make_shards, tmp_path):
@@ -176,23 +235,35 @@ def children():
     return found
 
 
+def opened():
+    """Pieces of memory between processes that this one holds."""
+    links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sum("memfd:openlvd" in link for link in links)
+
+
 def test_a_killed_worker_is_one_clear_error_and_leaves_nobody(shards):
+    before = opened()
     stream = batches(plan_of(shards), 0, 10_000, n_workers=2, prefetch=1)
     next(stream)
     workers = children()
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     with pytest.raises(WorkerDied, match="all 2 loader workers must live: got one that was killed"):
-        for _ in stream:
-            pass
+        deque(stream, maxlen=0)  # holds no batch
     assert children() == []
+    assert opened() == before
 
 
 def test_closing_early_ends_the_workers(shards):
+    before = opened()
     stream = batches(plan_of(shards), 0, 10_000, n_workers=1, prefetch=2)
-    next(stream)
+    first = next(stream)
+    kept = first.globals.copy()
     stream.close()
     assert children() == []
+    np.testing.assert_array_equal(first.globals, kept)  # it lies in memory of its own
+    del first
+    assert opened() == before
 
 
 def test_workers_end_when_their_parent_is_killed(shards, run_python):

@@ -7,6 +7,7 @@ import torch
 from training.losses import (
     centred_softmax,
     dino_loss,
+    effective_rank,
     entropy,
     ibot_loss,
     koleo_loss,
@@ -15,6 +16,7 @@ from training.losses import (
     usage_perplexity,
 )
 from training.masks import block_masks, mask_rng, patch_weights
+from training.probes import rankme
 
 
 def normal(*shape, seed=0):
@@ -53,7 +55,7 @@ LN_K = [(4096, 8.317766), (8192, 9.010913), (65536, 11.090355), (98304, 11.49582
         (262144, 12.476649)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("k", "ln_k"), LN_K)
+@pytest.mark.parametrize(("k", "ln_k"), LN_K, ids=[f"6.2 ln {k}" for k, _ in LN_K])
 def test_a_uniform_student_loses_ln_k_for_any_target(k, ln_k):
     target = normal(2, 1, k).softmax(-1)
     assert dino_loss(torch.zeros(3, 1, k), target).item() == pytest.approx(ln_k, abs=2e-5)
@@ -67,6 +69,18 @@ def test_the_total_of_a_uniform_student_with_half_of_its_crops_masked():
     ibot = ibot_loss(torch.zeros(3, k), target, torch.from_numpy(patch_weights(hidden)), len(hidden))
     total = dino_loss(torch.zeros(2, 1, k), target[:2, None]) + ibot
     assert total.item() == pytest.approx(16.635532, abs=2e-5)
+
+
+def test_every_share_of_the_loss_of_a_uniform_student():
+    """Of 2 global and 8 local crops and 65536 prototypes: what DINOv2 writes in its log, iBOT's half of its half."""
+    k = 65536
+    target = normal(2, 1, k).softmax(-1)
+    of_globals = dino_loss(torch.zeros(2, 1, k), target).item() * 2 / 18
+    total = dino_loss(torch.zeros(10, 1, k), target).item()
+    assert of_globals == pytest.approx(1.232, abs=5e-4)
+    assert total - of_globals == pytest.approx(9.858, abs=5e-4)
+    ibot = ibot_loss(torch.zeros(2, k), target[:, 0], torch.full((2,), 0.5), 2).item()
+    assert ibot / 2 == pytest.approx(2.773, abs=5e-4)
 
 
 def ibot_by_hand(z, t, hidden, temperature):
@@ -142,7 +156,9 @@ def polygon(n):
         (polygon(4), -0.346574),
         (polygon(8), 0.267400),
     ],
-)
+    ids=["6.2 orthonormal", "6.2 antipodal", "6.2 antipodal on axes", "6.2 simplex", "6.2 triangle", "6.2 square",
+         "6.2 octagon"],
+)  # fmt: skip
 def test_koleo_golden(rows, value):
     assert koleo_loss(rows).item() == pytest.approx(value, abs=1e-6)
 
@@ -200,6 +216,11 @@ def test_the_loss_is_at_least_the_entropy_of_the_targets_and_its_gradient_the_di
     torch.testing.assert_close(z.grad, expected.detach(), atol=1e-6, rtol=1e-5)
     assert t.grad is None
     assert loss.item() >= entropy(t.detach()[:, 0]).mean().item()
+    same = (t.detach()[[1, 0]].log() * 0.1).requires_grad_()  # each crop agrees with the teacher of the other
+    loss = dino_loss(same, t)
+    loss.backward()
+    assert loss.item() == pytest.approx(entropy(t.detach()[:, 0]).mean().item(), rel=1e-6)
+    assert same.grad.abs().max() < 1e-6
 
 
 def test_losses_are_float32_for_half_inputs():
@@ -313,3 +334,28 @@ def test_entropy_and_usage():
     assert entropy(torch.eye(4)).tolist() == [0, 0, 0, 0]
     assert usage_perplexity(torch.eye(4)).item() == pytest.approx(4)
     assert usage_perplexity(torch.eye(4)[[0, 0, 0]]).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "within"),
+    [((1000, 64), 63.5, 0.3), ((1000, 384), 363, 2), ((5000, 384), 380, 1)],
+    ids=["6.2 1000 x 64", "6.2 1000 x 384", "6.2 5000 x 384"],
+)
+def test_effective_rank_of_gaussians(shape, rank, within):
+    x = normal(*shape)
+    assert effective_rank(x).item() == pytest.approx(rank, abs=within)
+    assert effective_rank(x).item() == pytest.approx(rankme(x.numpy()), rel=1e-5)
+
+
+def test_effective_rank_of_one_direction_of_none_and_of_what_is_not_finite():
+    one = normal(9, 1) * normal(1, 5, seed=1)
+    assert effective_rank(one).item() == pytest.approx(1, abs=1e-4)
+    assert effective_rank(torch.eye(7) * 3).item() == pytest.approx(7)
+    for shape in ((3, 9), (9, 3)):
+        assert 1 <= effective_rank(normal(*shape)).item() <= 3
+    assert effective_rank(torch.zeros(4, 3)).isnan()
+    for bad in (torch.nan, torch.inf):
+        x = normal(4, 3)
+        x[1, 1] = bad
+        assert effective_rank(x).isnan()
+    assert effective_rank(normal(20, 6).bfloat16()).dtype == torch.float32

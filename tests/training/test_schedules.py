@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from training.encoder import ema_update
 from training.schedules import (
     backbone_rule,
     head_rule,
@@ -10,7 +11,6 @@ from training.schedules import (
     warmup_cosine,
     warmup_cosine_constant,
 )
-from training.train_step import ema_update
 
 
 def test_old_style_golden():

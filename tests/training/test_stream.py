@@ -1,15 +1,25 @@
-import io
-import tarfile
+import json
 from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from curation.artifact import part_name
 from curation.mix import MIX_FILE, read_mix, spec_of, write_mix
+from curation.shards import TarFacts, shard_name, with_tar
 from curation.store import Location
 from training.mixing import Mixing
-from training.stream import INDEX_SCHEMA, Stream, build_index, list_shards, read_images, read_index, shard_totals
+from training.stream import (
+    ShardChangedError,
+    ShardGoneError,
+    Stream,
+    list_shards,
+    locate_tar,
+    read_images,
+    read_index,
+    shard_totals,
+)
 
 
 @pytest.fixture
@@ -17,6 +27,21 @@ def shards(make_shards, tmp_path):
     """5 shards of 0-7 samples whose bytes are their keys; some counts above 1."""
     samples = [[(f"s{i}n{j}", f"bytes of {i} {j}".encode()) for j in range(n)] for i, n in enumerate((7, 3, 0, 5, 4))]
     return make_shards(tmp_path, samples, counts={"s0n0": 3, "s3n1": 2, "s4n3": 4})
+
+
+@pytest.fixture
+def elsewhere(shards, tmp_path):
+    """The same, with the tars in a folder of their own, under names of their own."""
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "index").mkdir()
+    for i in range(5):
+        tar = tmp_path / "tars" / f"{i}.tar"
+        tar.write_bytes((tmp_path / shard_name(i)).read_bytes())
+        table = with_tar(pq.read_table(tmp_path / part_name(i)), TarFacts(tar.name, tar.stat().st_size))
+        pq.write_table(table, tmp_path / "index" / part_name(i))
+    manifest = {"format": 1, "locations": {"source": str(tmp_path / "tars")}}
+    (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest))
+    return Location(str(tmp_path / "index"))
 
 
 N = 19 + 2 + 1 + 3
@@ -107,34 +132,53 @@ def test_what_is_wrong_with_shards_is_said(make_shards, tmp_path):
         Stream(make_shards(tmp_path / "b", [[("k", b"x")]], counts={"k": 0}), batch=2)
 
 
-def test_build_index_of_a_foreign_tar(tmp_path, make_shards):
-    image = io.BytesIO()
-    from PIL import Image
-
-    Image.new("RGB", (20, 10)).save(image, "jpeg")
-    members = [("dir/a.jpg", image.getvalue()), ("dir/a.cls", b"7\n"), ("dir/a.json", b"{}"), ("b.txt", b"alone"),
-               ("c.seg.png", b"broken"), ("c.jpg", image.getvalue()), ("../d.JPEG", image.getvalue())]  # fmt: skip
-    with tarfile.open(tmp_path / "foreign.tar", "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    table = build_index(Location(str(tmp_path / "foreign.tar")), first_row=5)
-    assert table.schema.equals(INDEX_SCHEMA)
-    rows = table.to_pylist()
-    assert [(r["key"], r["row_id"], r["label"], r["format"]) for r in rows] == [
-        ("a", 5, "7", "jpeg"), ("c", 6, None, "png"), ("d", 7, None, "jpeg")]  # fmt: skip
-    assert [(r["width"], r["height"]) for r in rows] == [(20, 10), (0, 0), (20, 10)]
-    data = (tmp_path / "foreign.tar").read_bytes()
-    for r, expected in zip(rows, (members[0][1], b"broken", members[6][1]), strict=True):
-        assert data[r["offset"] : r["offset"] + r["length"]] == expected
+def test_tars_elsewhere_are_found_where_the_index_says(elsewhere, tmp_path):
+    """In place of those beside it; where the source is now, when that is said."""
+    stream = Stream(elsewhere, batch=4, n_open=3)
+    samples = one_epoch(stream)
+    data = [f"bytes of {s.key[1:].replace('n', ' ')}".encode() for s in samples]
+    assert read_images(elsewhere, samples) == data
+    (tmp_path / "tars").rename(tmp_path / "moved")
+    locate_tar.cache_clear()
+    with pytest.raises(ShardGoneError, match=r"tars/.\.tar must be the shard that its index is of: it is gone"):
+        read_images(elsewhere, samples)
+    moved = Location(str(tmp_path / "moved"))
+    assert read_images(elsewhere, samples, moved) == data
+    np.testing.assert_array_equal(shard_totals(elsewhere, list_shards(elsewhere), root=moved), stream.totals)
 
 
-def test_build_index_agrees_with_the_writer(make_shards, tmp_path):
-    made = make_shards(tmp_path, [[("a", b"123"), ("b", b"45678")]])
-    ours = build_index(made / "shard-0000000.tar").select(["key", "offset", "length", "count"])
-    theirs = pq.read_table(tmp_path / "part-0000000.parquet", columns=["key", "offset", "length", "count"])
-    assert ours.to_pylist() == theirs.to_pylist()
+def test_a_tar_is_looked_at_once(elsewhere, monkeypatch):
+    looked = []
+    entry = Location.entry
+    monkeypatch.setattr(Location, "entry", lambda self: looked.append(self.name) or entry(self))
+    stream = Stream(elsewhere, batch=4)
+    assert sorted(looked) == ["0.tar", "1.tar", "2.tar", "3.tar", "4.tar"]
+    looked.clear()
+    for _ in range(3):
+        read_images(elsewhere, one_epoch(stream))
+    assert sorted(looked) == ["0.tar", "1.tar", "3.tar", "4.tar"]  # one is empty
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_run_does_not_begin_with_a_tar_that_is_not_the_one_indexed(shards, elsewhere, tmp_path, beside):
+    at, name = (shards, "shard-0000003.tar") if beside else (elsewhere, "tars/3.tar")
+    data = (tmp_path / name).read_bytes()
+    ids = list_shards(at)
+    (tmp_path / name).write_bytes(data[:1024])
+    words = (
+        r"it breaks off at 1024 bytes, and the last image ends at 4620" if beside else r"it had \d+ bytes and has 1024"
+    )
+    with pytest.raises(ShardChangedError, match=rf"{name} must be the shard that its index is of: {words}"):
+        shard_totals(at, ids)
+    (tmp_path / name).write_bytes(data + bytes(512))
+    if beside:
+        shard_totals(at, ids)
+    else:
+        with pytest.raises(ShardChangedError, match="had"):
+            shard_totals(at, ids)
+    (tmp_path / name).unlink()
+    with pytest.raises(ShardGoneError, match=rf"{name} must be the shard that its index is of: it is gone"):
+        shard_totals(at, ids)
 
 
 SIZES = (7, 3, 0, 5, 4)

@@ -1,0 +1,48 @@
+"""The bytes of samples, from tars that stay open: opening one for every image costs as much as reading the image."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from curation.listing import Root
+from curation.store import Location
+from training.stream import Sample, locate_tar, read_images
+
+_OPEN = 64  # tars; a group of open shards, and that of several components of a mix
+
+
+class Reader:
+    """Reads the samples of a shard set; keeps at most 64 tars open, which end with it."""
+
+    def __init__(self, shards: Location, root: Root | None = None) -> None:
+        """``root``: as ``training.stream.locate_tar``."""
+        self._shards, self._root = shards, root
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard to file, the one not used for longest first
+
+    def __call__(self, samples: Sequence[Sample]) -> Iterator[bytes]:
+        """The encoded bytes of each sample in turn, short or empty where the shard is.
+
+        One at a time from local tars, so that a batch is never held; from S3 all at once, several requests at a time.
+        Raises what ``training.stream.locate_tar`` does, FileNotFoundError among it.
+        """
+        if not self._shards.is_local:
+            yield from read_images(self._shards, samples, self._root)
+            return
+        for sample in samples:
+            tar = locate_tar(self._shards, sample.shard, self._root)
+            if tar.is_local:
+                yield os.pread(self._file(sample.shard, tar), sample.length, sample.offset)
+            else:  # the index lies here, its tars elsewhere
+                yield tar.read(sample.offset, sample.length)
+
+    def _file(self, shard: int, tar: Location) -> int:
+        if shard not in self._open:
+            if len(self._open) == _OPEN:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[shard] = os.open(tar.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __del__(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
