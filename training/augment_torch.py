@@ -8,6 +8,7 @@ Letters of shapes: N images, C crops of an image, M crops together, Y and X pixe
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def batched_crops(
         torch.empty((end - first, len(sizes), side, side, 3), dtype=torch.uint8, device=device)
         for first, end, side in groups
     ]
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), _whole_float32():
         for images in _batches(sizes):
             canvas_NHcW = _canvas(flat, starts[images], sizes[images])
             at = torch.from_numpy(images).to(device)
@@ -50,6 +51,17 @@ def batched_crops(
                 if end > first:
                     made[:, at] = _crops(canvas_NHcW, sizes[images], drawn[first:end, images], side)
     return out[0], out[1]
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Products of pixels and weights in float32, not in TF32: a weight of 10 bits would shift what is rounded."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _batches(sizes: np.ndarray) -> Iterator[np.ndarray]:
