@@ -8,8 +8,9 @@ owners: equal input gives equal bytes.
 Tars that came without an index get one in place, and stay where they are: part i then names its tar (``TarFacts``).
 """
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -31,6 +32,7 @@ INDEX_SCHEMA = pa.schema(
 )
 
 TAR_KEY = b"openlvd.tar"  # in the schema metadata of the index of a tar that is not beside it
+_END_BYTES = 1 << 16  # of a tar, at each end, by which it is known again
 
 
 class TarFacts(NamedTuple):
@@ -38,6 +40,18 @@ class TarFacts(NamedTuple):
 
     name: str  # relative to the source that the manifest of the index names
     size: int  # bytes
+    ends: str  # ``digest_of_ends``: a time or an ETag would change with a copy, and with them the bytes of the index
+
+
+def digest_of_ends(read: Callable[[int, int], bytes], size: int) -> str:
+    """The sha256 of the first and last 64 KiB of a tar of ``size`` bytes, in hex; ``read(offset, length)`` reads it.
+
+    Two reads, one where they meet. A tar that was packed again differs there: in the headers (names, sizes, times) or
+    in the images. What is changed in place and farther in, size kept, is not seen.
+    """
+    if size <= 2 * _END_BYTES:
+        return hashlib.sha256(read(0, size)).hexdigest()
+    return hashlib.sha256(read(0, _END_BYTES) + read(size - _END_BYTES, _END_BYTES)).hexdigest()
 
 
 def with_tar(table: pa.Table, tar: TarFacts) -> pa.Table:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from embedding.config import check_pooling, check_precision
+from embedding.config import BUNDLED, check_pooling, check_precision
 from embedding.folder import check_tensors, read_config, weight_paths, weights_sha256
 from embedding.hf_models import load_hf_model
 from embedding.hf_weights import load_hf_vit, uncovered, vit_config
@@ -29,6 +29,7 @@ from embedding.vit import ViT
 from embedding.vit_config import ViTConfig
 
 VIT_FORMAT = "openlvd-vit"
+WEIGHTS = Path(__file__).parent / "weights"  # of the encoders that come with the package
 SCRIPT_SUFFIXES = (".pt", ".torchscript")
 
 _T = TypeVar("_T")
@@ -39,11 +40,11 @@ def load_backbone(
 ) -> Backbone:
     """The backbone that ``spec`` names.
 
-    spec: "pixels"; "phash", see ``embedding.phash``; a folder written by ``save_vit``; a folder written by transformers
-    with its preprocessor_config.json; a TorchScript file (``.pt``, see ``script_preprocess``) that gives vectors
-    (n, width); or a name on the Hugging Face hub, downloaded once. A folder wins over a name. DINOv2, with registers,
-    and DINOv3 ViT run in the project's own ViT and need no transformers; see ``embedding.hf_models`` for what others
-    give.
+    spec: "pixels"; "phash", see ``embedding.phash``; "openlvd-tiny", which comes with the package; a folder written by
+    ``save_vit``; a folder written by transformers with its preprocessor_config.json; a TorchScript file (``.pt``, see
+    ``script_preprocess``) that gives vectors (n, width); or a name on the Hugging Face hub, downloaded once. A folder
+    wins over a name. DINOv2, with registers, and DINOv3 ViT run in the project's own ViT and need no transformers; see
+    ``embedding.hf_models`` for what others give.
     pooling: "cls", the CLS token after the final norm (of CLIP and SigLIP the image embedding); "mean" of the patch
     tokens; "cls+mean", one behind the other; "gem", see ``embedding.pooling``. TorchScript files pool by themselves.
     What is not to be pooled is in ``Backbone.patches``.
@@ -70,9 +71,12 @@ def load_backbone(
 def find_folder(spec: str) -> Path:
     """The folder of a backbone's config and weights: ``spec`` itself, or the local copy of a model on the hub.
 
-    Raises ValueError when there is neither, ImportError when a name is given and transformers is missing.
+    An encoder that comes with the package is a folder of it. Raises ValueError when there is neither, ImportError when
+    a name is given and transformers is missing.
     """
     folder = Path(spec).expanduser()
+    if spec in BUNDLED and not folder.is_dir():
+        return WEIGHTS / spec
     return folder if folder.is_dir() else _download(spec)
 
 
@@ -184,7 +188,8 @@ def _check_side(preprocess: Preprocess, config: ViTConfig) -> None:
 
 def _own_backbone(folder: Path, pooling: str, how: Running) -> Backbone:
     vit, preprocess = load_vit(folder)
-    config = {k: v for k, v in dataclasses.asdict(vit.config).items() if k not in ("rope_rescale", "drop_path")}
+    training = ("rope_rescale", "rope_rescale_per", "drop_path")
+    config = {k: v for k, v in dataclasses.asdict(vit.config).items() if k not in training}
     identity = _identity({"name": VIT_FORMAT}, folder, config, preprocess, pooling, how)
     return vit_backbone(vit, identity, preprocess, pooling, how)
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 from embedding.decode import MAX_PIXELS
 
 MODEL_FREE = ("pixels", "phash")  # backbones without weights: see ``embedding.preprocess`` and ``embedding.phash``
+BUNDLED = ("openlvd-tiny",)  # small encoders that come with the package, folders below ``embedding/weights``
 POOLINGS = ("cls", "mean", "cls+mean", "gem")
 DECODERS = ("full", "scaled")
 PRECISIONS = ("float32", "bfloat16", "float16")

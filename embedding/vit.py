@@ -7,7 +7,7 @@ Needs torch alone.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -226,6 +226,9 @@ class ViT(nn.Module):
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights(seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}  # they belong to the device where they were made
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

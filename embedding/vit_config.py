@@ -16,16 +16,16 @@ class ViTConfig:
     patch_size: int = 16  # pixels
     n_registers: int = 4  # extra tokens without a position
     mlp_ratio: float = 4.0  # hidden width of the FFN over D; swiglu takes 2/3 of it
-    ffn: str = "mlp"  # or "swiglu"
+    ffn: str = "mlp"  # "mlp" or "swiglu"
     swiglu_align: int = 8  # the hidden width of swiglu is rounded up to a multiple of this
     layer_scale: float | None = 1e-5  # initial scale of every branch; None: no such parameter
-    position: str = "rope"  # or "learned": an embedding per patch and for CLS
+    position: str = "rope"  # "rope", or "learned": an embedding per patch and for CLS
     image_size: int | None = None  # pixels; the native grid of learned positions, None with rope
     rope_base: float = 100.0  # longest rotary period, nearly: base ** (1 - 4 / E)
-    rope_rescale: float | None = None  # r: in training, coordinates times exp U(-ln r, ln r), one draw for
-    # all images of one size
-    rope_rescale_per: str = "forward"  # or "block": a draw for each, as the released DINOv3 code does
-    qkv_bias: bool = True
+    rope_rescale: float | None = None  # r: in training, coordinates times exp U(-ln r, ln r), one draw for all images
+    # of one size; None: as they are
+    rope_rescale_per: str = "forward"  # a draw for each "forward", or for each "block": so the DINOv3 code
+    qkv_bias: bool = True  # biases on queries and values, and on keys with key_bias
     key_bias: bool = False  # a bias on keys cancels in the softmax, but DINOv2 has one
     norm_eps: float = 1e-5  # released DINOv3: 1e-5; DINO and DINOv2: 1e-6
     drop_path: float = 0.0  # share of the images that skip a branch in training

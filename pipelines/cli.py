@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 
 FOUND = 3  # of contains --fail-if-found, when a near copy was found: neither a mistake (2) nor a failed run (1)
+ACCURACIES = {"accuracy": "k-NN", "linear_accuracy": "linear probe"}  # among the facts of evaluate
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C, which typer returns
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The recipe to run.")]
@@ -299,8 +300,12 @@ def show_result(result: StepResult, as_json: bool) -> None:
     if as_json or result.location is None:
         return
     artifact = Artifact(result.location)
-    if artifact.is_complete() and "verdict" in artifact.facts:
-        print(f"\n{artifact.facts['verdict']}")
+    facts = artifact.facts if artifact.is_complete() else {}
+    if "verdict" in facts:
+        print(f"\n{facts['verdict']}")
+    found = [f"{how} {facts[key]:.2%}" for key, how in ACCURACIES.items() if key in facts]
+    if found:
+        print(f"\naccuracy: {', '.join(found)}")
     print(f"\n{result.location}")
 
 
@@ -311,7 +316,14 @@ add_stage_commands(app, show_result, {"train": TRAIN_COMMAND})
 def as_plain(result: StepResult) -> dict[str, Any]:
     """A step's result as JSON-able values."""
     location = str(result.location) if result.location else None
-    return {**asdict(result), "location": location, "seconds": round(result.seconds, 3)}
+    facts = numbers(Artifact(result.location)) if result.location else {}
+    return {**asdict(result), "location": location, "seconds": round(result.seconds, 3), "facts": facts}
+
+
+def numbers(artifact: Artifact) -> dict[str, float]:
+    """What a finished step says of its content in plain numbers, such as an accuracy."""
+    facts = artifact.facts if artifact.is_complete() else {}
+    return {key: value for key, value in facts.items() if isinstance(value, int | float)}
 
 
 def results_table(results: Iterable[StepResult]) -> Table:

@@ -37,7 +37,6 @@ from pipelines.recipe import PRESET, is_required, or_list, parse_step, preset_na
 from pipelines.stage import Stage, Step
 from pipelines.stages.table import STAGES
 
-LINE_LENGTH = 120  # of the source: a comment whose next word would not have fitted goes on in the line below
 PATH_HINT = "a path is a folder or s3:// prefix with a manifest.json, or ROOT/STEP of a run"
 EPILOG = (
     "PATH is an artifact: a folder or s3:// prefix with a manifest.json, or ROOT/STEP of a run. A finished --out is "
@@ -292,7 +291,7 @@ def keys_of(kind: Any) -> str:
 def field_docs(config: type) -> dict[str, FieldDoc]:
     """The comments beside the fields of a dataclass, and those that stand above a group of them.
 
-    A comment goes on in the line below when that line's first word would not have fitted into its own.
+    A comment below an empty line is a heading; any other below a field goes on with what is said of the field.
     """
     lines = textwrap.dedent(inspect.getsource(config)).splitlines(keepends=True)
     tokens = tokenize.generate_tokens(io.StringIO("".join(lines)).readline)
@@ -308,11 +307,10 @@ def field_docs(config: type) -> dict[str, FieldDoc]:
             docs[name] = FieldDoc(comments.get(number, ""), section)
             last = name
         elif line.lstrip().startswith("#"):
-            first_word = comments[number].split(" ", 1)[0]
-            if last and len(lines[number - 2].rstrip()) + 1 + len(first_word) > LINE_LENGTH:
-                docs[last] = docs[last]._replace(text=f"{docs[last].text} {comments[number]}")
-            else:
+            if not lines[number - 2].strip():
                 last, section = "", comments[number].partition(":")[0]
+            elif last:
+                docs[last] = docs[last]._replace(text=f"{docs[last].text} {comments[number]}")
         else:
             last = ""
     return docs
@@ -333,7 +331,16 @@ def workplace(given: Mapping[str, Any]) -> Iterator[tuple[LocalExecutor | RayExe
     """The executor that the options ask for, and what shows progress on stderr. Raises UserError."""
     speed = {field.name: given[f"resources_{field.name}"] for field in dataclasses.fields(Resources)}
     values = read_config(Resources, speed, "resources", lambda key: flag(f"resources_{key}"))
-    resources = structure(Resources, values, "resources")
+    try:
+        resources = structure(Resources, values, "resources")
+    except UserError as e:
+        wrong = next((key for key in values if f"resources.{key} " in e.message), None)
+        hint = (
+            e.hint
+            if wrong is None
+            else f"give another {flag(f'resources_{wrong}')}: it is {field_docs(Resources)[wrong].text}"
+        )
+        raise UserError(e.message, hint) from e
     with (
         open_executor(given["executor"] or "serial", given["address"], resources) as executor,
         StepProgress(quiet=given["as_json"]) as progress,

@@ -36,6 +36,7 @@ POOL, RUN = "pool", "run"  # folders below the root of a demo
 ENCODERS = (  # step, what it is, in the words of the last screen
     ("knn_pixels", "raw pixels"),
     ("knn_random", "untrained encoder"),
+    ("knn_tiny", "openlvd-tiny, trained on photographs"),
     ("knn_first", "encoder trained on the raw pool"),
     ("knn_second", "encoder trained on the curated set"),
 )
@@ -260,7 +261,8 @@ def accuracy_table(accuracy: Mapping[str, float]) -> Table:
 
 def verdict(accuracy: Mapping[str, float]) -> str:
     """The accuracies in words, whatever they are."""
-    pixels, random, first, second = (accuracy[name] for name, _ in ENCODERS)
+    names = ("knn_pixels", "knn_random", "knn_first", "knn_second")
+    pixels, random, first, second = (accuracy[name] for name in names)
     if max(first, second) > pixels:
         said = "After a minute of training on a CPU the better encoder beats raw pixels."
     else:

@@ -26,7 +26,10 @@ WORK_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError,
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Speed settings. None of them is in a fingerprint and none may change a byte."""
+    """Speed settings. None of them is in a fingerprint and none may change a byte.
+
+    Of a training ``train_processes`` and ``micro_batch`` change the rounding of sums, and ``crops_on`` that of pixels.
+    """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

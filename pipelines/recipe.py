@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from curation.artifact import FORMS
 from curation.store import Location
-from embedding.config import MODEL_FREE
+from embedding.config import BUNDLED, MODEL_FREE
 from pipelines.errors import UserError
 from pipelines.executor import Resources
 from pipelines.stage import Stage, Step
@@ -213,7 +213,7 @@ def read_preset(key: str, name: str) -> dict[str, Any]:
     if location is None and name in shipped:
         location = Location(str(shipped[name]))
     if location is None:
-        raise UserError(f"{key} must be a preset: got {name!r}", did_you_mean(name, shipped))
+        raise UserError(f"{key} must be a preset: got {name!r}", did_you_mean(name, sorted(shipped)))
     try:
         return parse_yaml(location.read().decode(), location.name)
     except FileNotFoundError as e:
@@ -256,11 +256,11 @@ def acts_as(key: str, stage: Stage, inputs: Mapping[str, str], earlier: Sequence
 
 def check_backbone(key: str, value: Any, trained: Sequence[str]) -> None:
     """What names no earlier step must be a model: a typing mistake is not looked up on the internet."""
-    known = [*MODEL_FREE, *trained]
+    known = [*MODEL_FREE, *BUNDLED, *trained]
     if isinstance(value, str) and value and value not in known and "/" not in value and not Path(value).exists():
         raise UserError(
-            f"{key} must be pixels, phash, an earlier train step, a folder, a file or a hub's owner/name: "
-            f"got {value!r}",
+            f"{key} must be pixels, phash, openlvd-tiny, an earlier train step, a folder, a file or a hub's "
+            f"owner/name: got {value!r}",
             did_you_mean(value, known),
         )
 

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
 import typer
@@ -41,11 +41,17 @@ from pipelines.executor import LocalExecutor
 from pipelines.fingerprint import look_outside, prepare
 from pipelines.progress import StepProgress
 from pipelines.ray_executor import RayExecutor
-from pipelines.recipe import PRESET, structure, with_presets
+from pipelines.recipe import PRESET, check_backbone, structure, with_presets
 from pipelines.stage import Stage, Step
+from pipelines.stages.begin import check_artifact, shape_of_artifact
+from pipelines.stages.embed import MODEL_HINT
 from pipelines.stages.train import train_job
 from training.tar_index import IndexConfig
 
+if TYPE_CHECKING:
+    from training.begin import Shape
+
+MAX_BAD = "max_bad_fraction"  # a setting of the index
 SAMPLED_PARTS = 16  # of an index, whose sizes of images are looked at
 USUAL_SIDE = 224  # pixels, where an index knows no size
 
@@ -65,11 +71,20 @@ def run_train(name: str, stage: Stage, given: Mapping[str, Any]) -> StepResult:
     with workplace(given) as (executor, progress):
         if given["out"] is None:
             progress.say(f"the encoder goes to {out}; --out names another place")
+        if executor.resources.train_processes > 1 and "RANK" in os.environ:
+            raise UserError(
+                f"torchrun starts the processes itself, so resources.train_processes must be 1: got "
+                f"{executor.resources.train_processes}",
+                "leave --resources-train-processes out, or torchrun",
+            )
+        begun = shape_at(name, given["init"]) if given[PATH] is not None else None
         shards = find_shards(text, out.parent, executor, progress)
         given["shards"] = shards.location.uri
         if given[PATH] is not None:
-            given |= suggested(name, stage, given, shards, executor.resources.gpus > 0, progress)
+            given |= suggested(name, stage, given, shards, executor.resources.gpus > 0, begun, progress)
         step, inputs = read_step(name, stage, given)
+        if "init" in step.inputs:
+            check_artifact(given["init"], inputs[step.inputs["init"]], step.config)
         if not leads():
             train_along(step, inputs, out, executor)
             raise typer.Exit
@@ -123,12 +138,25 @@ def find_shards(text: str, root: Location, executor: LocalExecutor | RayExecutor
     place = prepare(step, {}, root.resolved(), look_outside([step])).location
     while not leads() and not Artifact(place).is_complete():
         time.sleep(1)  # for the first process to make it; torchrun ends this one when that one fails
-    made = run_alone(step, {}, place, executor, progress.start, progress.say)
+    try:
+        made = run_alone(step, {}, place, executor, progress.start, progress.say)
+    except UserError as e:
+        if MAX_BAD not in e.message:
+            raise
+        option = flag(MAX_BAD)
+        hint = f"{e.hint}: openlvd index {text} {option} X --out I, then openlvd train I"
+        raise UserError(e.message, hint) from e
     progress.stop()
     bad = f", {made.counts['bad']:,} bad" if made.counts["bad"] else ""
     found = "was indexed before" if made.state == "done before" else "has no index, so one was made"
-    progress.say(f"{text} {found}: {made.counts['kept']:,} images in {made.counts['shards']:,} tars{bad}, at {place}")
+    images, tars = (some(made.counts[key], unit) for key, unit in (("kept", "image"), ("shards", "tar")))
+    progress.say(f"{text} {found}: {images} in {tars}{bad}, at {place}")
     return Artifact(place)
+
+
+def some(n: int, unit: str) -> str:
+    """``1 tar``, ``2 tars``."""
+    return f"{n:,} {unit}" if n == 1 else f"{n:,} {unit}s"
 
 
 def is_of_run(at: Location) -> bool:
@@ -139,26 +167,49 @@ def is_of_run(at: Location) -> bool:
 
 
 def suggested(
-    name: str, stage: Stage, given: Mapping[str, Any], shards: Artifact, gpu: bool, progress: StepProgress
+    name: str,
+    stage: Stage,
+    given: Mapping[str, Any],
+    shards: Artifact,
+    gpu: bool,
+    begun: "Shape | None",
+    progress: StepProgress,
 ) -> dict[str, Any]:
     """The settings that are not given, from the index of the shards; says each, and why. Raises UserError."""
     from training.suggest import suggest
 
     texts = {field.name: given[field.name] for field in settings_of(stage)}
-    values = read_config(stage.config, texts, name, flag)
-    values = with_presets(name, {**values, PRESET: given.get(PRESET) or []})
+    own = read_config(stage.config, texts, name, flag)
+    preset = with_presets(name, {PRESET: given[PRESET]}) if given.get(PRESET) else None
     n_images, side = facts_of(shards)
     try:
-        found = suggest(n_images, side, gpu, values)
+        found = suggest(n_images, side, gpu, own, preset, None if begun is None else begun.fields())
     except ValueError as e:
         raise UserError(str(e), see_help(name)) from e
     except (ArithmeticError, TypeError):
-        check_parts(stage, values, name)
+        check_parts(stage, with_presets(name, {**own, PRESET: given.get(PRESET) or []}), name)
         raise
-    progress.say(f"for {n_images:,} images on a {'GPU' if gpu else 'CPU'}, what is not given is set to:")
+    on = f"for {some(n_images, 'image')} on a {'GPU' if gpu else 'CPU'}"
+    beside = "what is not given" if preset is None else f"beside {', '.join(given[PRESET])} what depends on the data"
+    progress.say(f"{on}, {beside} is set to:" if found else f"{on} nothing is left to be set")
     for key, one in found.items():
         progress.say(f"  {key} {json.dumps(one.value)}: {one.reason}")
     return {key: one.value for key, one in found.items()}
+
+
+def shape_at(name: str, text: str | None) -> "Shape | None":
+    """The shape of the weights to begin with, if there are to be any. Raises UserError for what is no ViT of ours."""
+    if text is None:
+        return None
+    from training.begin import shape_of
+
+    if artifact_at(text) is not None:
+        return shape_of_artifact(find_artifact(flag("init"), text, ("train",)))
+    check_backbone(f"{name}.init", text, [])
+    try:
+        return shape_of(text)
+    except ValueError as e:
+        raise UserError(str(e), MODEL_HINT) from e
 
 
 def check_parts(stage: Stage, values: Mapping[str, Any], name: str) -> None:

@@ -25,6 +25,9 @@ class AugmentConfig:
     The papers name blur probabilities of 1, .1 and .5; the released code applied 0, .9 and .5, and so do we. Small
     sources need milder ranges: ``mild_ranges``. Images whose mirror image means something else (digits, text) need
     ``hflip`` 0.
+
+    A crop is what Pillow's ``resize(box=...)`` makes of the part: near its edges the filter reaches beyond it, by its
+    support, where the image goes on. torchvision cuts the part out first, and sees none of that.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # read by pipelines/, no import here

@@ -17,8 +17,9 @@ from embedding.vit import ViT
 from training.config import TrainConfig
 from training.train_step import StepMetrics, TrainState
 
-_FORMAT = "openlvd-checkpoint-2"
+_FORMAT = "openlvd-checkpoint-3"
 _BEST = "best.safetensors"
+_WORDS = "history"  # the tensor that holds, as JSON, what a run has to say beside numbers
 
 
 class CheckpointFailed(RuntimeError):
@@ -68,8 +69,10 @@ def save_checkpoint(run: Run, step: int, keep: int = 2) -> None:
     folder, state, history = run.folder, run.state, run.history
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(state)}
     tensors |= {f"metrics.{name}": torch.from_numpy(values[:step].copy()) for name, values in history.metrics.items()}
-    meta = {"format": _FORMAT, "step": step, "config": asdict(run.config), "data": run.data, "skipped": history.skipped,
-            "bad_samples": history.bad_samples, "alarms": history.alarms}  # fmt: skip
+    words = {"skipped": history.skipped, "bad_samples": history.bad_samples, "alarms": history.alarms}
+    text = np.frombuffer(json.dumps(words).encode(), np.uint8)  # a header takes no more than 100 MB
+    tensors[_WORDS] = torch.from_numpy(text.copy())
+    meta = {"format": _FORMAT, "step": step, "config": asdict(run.config), "data": run.data}
     _save(folder / f"checkpoint-{step:07d}.safetensors", tensors, meta)
     steps = checkpoints(folder)
     newest = [old for old in steps if old <= step][-keep:]  # those of later steps were torn, or they had been read
@@ -78,10 +81,19 @@ def save_checkpoint(run: Run, step: int, keep: int = 2) -> None:
             (folder / f"checkpoint-{old:07d}.safetensors").delete()
 
 
-def save_best(run: Run, step: int) -> None:
+def save_best(run: Run, step: int, accuracy: float) -> None:
     """Keep the teacher's backbone after ``step`` steps as the best so far. Raises CheckpointFailed."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in run.state.teacher.backbone.state_dict().items()}
-    _save(run.folder / _BEST, tensors, {"format": _FORMAT, "step": step})
+    _save(run.folder / _BEST, tensors, {"format": _FORMAT, "step": step, "accuracy": accuracy})
+
+
+def best_accuracy(folder: Location) -> float:
+    """That of the best backbone that was kept, -1 when there is none.
+
+    On a GPU a run that is repeated after a kill may measure another accuracy at the step of the best.
+    """
+    file = folder / _BEST
+    return float(_read(file)[1]["accuracy"]) if file.exists() else -1.0
 
 
 def load_best(folder: Location, backbone: ViT) -> int:
@@ -124,9 +136,10 @@ def restore_newest(run: Run) -> int:
         _load(run.state, tensors)
         for name, values in history.metrics.items():
             values[:step] = tensors[f"metrics.{name}"].numpy()
-        history.skipped[:] = [SkippedStep(*item) for item in meta["skipped"]]
-        history.bad_samples.update(meta["bad_samples"])
-        history.alarms.update(meta["alarms"])
+        words = json.loads(tensors[_WORDS].numpy().tobytes())
+        history.skipped[:] = [SkippedStep(*item) for item in words["skipped"]]
+        history.bad_samples.update(words["bad_samples"])
+        history.alarms.update(words["alarms"])
         return step
     return 0
 

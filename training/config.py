@@ -47,37 +47,42 @@ class TrainConfig:
 
     # backbone
     vit: ViTConfig = field(default_factory=ViTConfig)  # shape of the vision transformer
-    init: str | None = None  # weights to begin with: a train step, a folder, or a name on the Hugging Face hub; null:
-    # drawn from the seed. Heads are always new
-    init_frozen_steps: int = 0  # first steps in which such a backbone stands still while the heads learn
+    init: str | None = None  # weights to begin with: a train step, a folder, or a name on the Hugging Face hub, of the
+    # shape of vit; null: drawn from the seed. Heads are always new
+    init_frozen_steps: int = 0  # first steps in which the backbone of init stands still while the heads learn
     init_gain: float | None = None  # matrices start at a deviation of gain / sqrt(inputs); null: .02, too little below
     # a width of about 256: a short run then spends its steps on growing them
+
     # crops
     image_size: int = 224  # pixels, side of a global crop, a multiple of vit.patch_size
     local_size: int = 96  # pixels, side of a local crop, a multiple of vit.patch_size
     n_local: int = 8  # local crops an image; global ones are 2
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # how crops are cut and changed
+
     # heads and targets
     head: HeadConfig = field(default_factory=HeadConfig)  # of the CLS token, for DINO
     ibot_head: HeadConfig | None = field(default_factory=HeadConfig)  # of the patches; null: ``head`` serves both
-    centering: str = "sinkhorn"  # or "softmax": a running centre is taken from the logits (the papers' words put the
-    # softmax first; no released code does)
+    centering: str = "sinkhorn"  # of the targets: "sinkhorn", or "softmax": a running centre is taken from the logits
+    # (the papers' words put the softmax first; no released code does)
     centre_momentum: float = 0.9  # of the running centre, with centering softmax
     sinkhorn_iterations: int = 3  # with centering sinkhorn
     student_temperature: float = 0.1  # divides the student's logits
     teacher_temperature: float = 0.04  # divides the teacher's logits
-    teacher_temperature_start: float | None = None  # linear from here; null: constant
-    teacher_temperature_steps: int = 0  # steps until teacher_temperature is reached
+    teacher_temperature_start: float | None = None  # teacher_temperature is reached linearly from here; null: constant
+    teacher_temperature_steps: int = 0  # steps until it is reached, with teacher_temperature_start
     momentum: float = 0.996  # of the teacher; half-life ln 2 / (1 - momentum) steps
     final_momentum: float | None = None  # a cosine from momentum to this; null: constant
+
     # iBOT: the student's global crops have hidden patches, whose targets are the teacher's of the whole crop
     ibot_weight: float = 1.0  # of its loss beside DINO's; 0: off
     mask_probability: float = 0.5  # share of the global crops with hidden patches
     mask_ratio: tuple[float, float] = (0.1, 0.5)  # hidden share of such a crop's patches, spread evenly over the crops
+
     # KoLeo: the CLS tokens of a batch keep away from one another, in each global crop on its own
     koleo_weight: float = 0.1  # of its loss beside DINO's; 0: off
     koleo_crops: int = 2  # global crops it is summed over: 2 as released, 1 as the papers say
-    koleo_group: int | None = None  # images among which neighbours are sought (DINOv3: 16); null: a group, see below
+    koleo_group: int | None = None  # images among which neighbours are sought (DINOv3: 16); null: all of a group
+
     # optimiser
     n_steps: int = 10_000  # 0: the initial weights are the result
     batch: int = 64  # images a step, of all processes and micro-batches together
@@ -86,27 +91,30 @@ class TrainConfig:
     lr: float = 1e-3  # effective peak rate, no hidden factor: see schedules.sqrt_scaled_lr
     final_lr: float = 1e-6  # effective rate at the end
     warmup_steps: int = 1_000  # linear from 0
-    schedule: str = "cooldown"  # constant, then a cosine over the last part; or "cosine" all the way
+    schedule: str = "cooldown"  # of the rate: "cooldown": constant, then a cosine over the last part; or "cosine": all
+    # the way
     cooldown_fraction: float = 0.2  # share of n_steps, with schedule cooldown
     weight_decay: float = 0.04  # decoupled; none on biases, norms, LayerScale
     final_weight_decay: float | None = None  # a cosine from weight_decay to this; null: constant
-    decay_tokens: bool = False  # whether CLS, registers, mask and position are decayed: they were in the released
+    decay_tokens: bool = False  # whether CLS, registers, mask and position are decayed too: they were in the released
     # code, against its own comment
     layer_decay: float = 1.0  # factor of the rate from one block to the one below
     patch_embed_lr: float = 1.0  # factor of the rate of the patch embedding
     beta2: float = 0.999  # of AdamW; beta1 is .9
     clip_norm: float = 3.0  # largest gradient norm
-    clip: str = "module"  # of backbone and each head on its own; or "parameter": of each parameter (DINO)
+    clip: str = "module"  # on its own: each "module", so backbone and heads; or each "parameter" (DINO)
     freeze_last_layer_steps: int = 0  # first steps in which the prototypes stand still
-    precision: str = "float32"  # or "bfloat16": matrix products; weights, losses and teacher targets stay float32
+    precision: str = "float32"  # of matrix products, or "bfloat16"; weights, losses and teacher targets stay float32
+
     # order and stops
     seed: int = 0  # of weights, order and crops
     n_open: int = 16  # shards whose samples are mixed with one another
     max_bad_steps: int = 10  # steps in a row with a loss or gradient that is not finite; the run stops after them
+
     # measuring on the way
     knn_every: int = 0  # steps between k-NN accuracies of the teacher, by labels in the shard index; 0: never
     knn_images: int = 2048  # labelled images that vote on one another
-    result: str = "last"  # the teacher after the last step; or "best": at the best k-NN accuracy
+    result: str = "last"  # the teacher after the last step, or "best": that at the best k-NN accuracy
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the field that breaks its rule."""
@@ -132,6 +140,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be in [0, 1]: got {getattr(self, name)}")
         self._check_choices()
         self._check_rest()
+        self._check_effects()
         self._check_groups()
         self._check_masks()
 
@@ -158,9 +167,23 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be above 0, or null: got {getattr(self, name)}")
         if self.n_steps and self.warmup_steps + self.cooldown_steps > self.n_steps:
             raise ValueError(
-                f"train.warmup_steps and the cool-down must fit into train.n_steps ({self.n_steps}): "
-                f"got {self.warmup_steps} and {self.cooldown_steps}"
+                f"train.warmup_steps and the steps of the cool-down (train.cooldown_fraction) must fit into "
+                f"train.n_steps ({self.n_steps}): got {self.warmup_steps} and {self.cooldown_steps}"
             )
+
+    def _check_effects(self) -> None:
+        """Refuse what would change nothing."""
+        start, steps = self.teacher_temperature_start, self.teacher_temperature_steps
+        if steps and start is None:
+            raise ValueError(
+                f"train.teacher_temperature_steps must be 0 without train.teacher_temperature_start: got {steps}"
+            )
+        if start is not None and not steps:
+            raise ValueError(
+                "train.teacher_temperature_steps must be at least 1 with train.teacher_temperature_start: got 0"
+            )
+        if self.init_frozen_steps and self.init is None:
+            raise ValueError(f"train.init_frozen_steps must be 0 without train.init: got {self.init_frozen_steps}")
 
     def _check_groups(self) -> None:
         if self.group is not None and (self.group < 1 or self.batch % self.group):
@@ -231,7 +254,7 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainResources:
     """How fast a run goes and how much of it a kill costs; on a CPU no field but
-    ``threads`` and ``micro_batch`` changes a byte of the result."""
+    ``threads``, ``micro_batch`` and ``crops_on`` changes a byte of the result: they change how numbers are rounded."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

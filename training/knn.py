@@ -21,6 +21,7 @@ from training.stream import Sample, list_shards, read_images, read_index
 N_NEIGHBORS = 20  # that vote
 _KEY = 8  # the last word of the key of this generator keeps it apart from all others of a run
 _AT_A_TIME = 64  # images of a forward
+_COMPARED = 4096  # images that are compared with all others at a time
 
 
 class LabelledImages:
@@ -58,12 +59,14 @@ class LabelledImages:
             images = normalise(part.to(device), self.augment.mean, self.augment.std)
             features.append(F.normalize(backbone(images).cls.float(), dim=-1))
         x_ND = torch.cat(features)
-        similarity = x_ND @ x_ND.T
-        similarity.fill_diagonal_(-torch.inf)
-        top = similarity.topk(min(N_NEIGHBORS, len(x_ND) - 1))
-        near = self.labels[top.indices.cpu().numpy()]
-        voted = knn_vote(near, top.values.cpu().numpy(), int(self.labels.max()) + 1)
-        return float((voted == self.labels).mean())
+        voted = []
+        for i in range(0, len(x_ND), _COMPARED):
+            similarity = x_ND[i : i + _COMPARED] @ x_ND.T
+            similarity.diagonal(offset=i).fill_(-torch.inf)  # nobody votes on itself
+            top = similarity.topk(min(N_NEIGHBORS, len(x_ND) - 1))
+            near = self.labels[top.indices.cpu().numpy()]
+            voted.append(knn_vote(near, top.values.cpu().numpy(), int(self.labels.max()) + 1))
+        return float((np.concatenate(voted) == self.labels).mean())
 
 
 def _draw(shards: Location, config: TrainConfig) -> tuple[list[Sample], list[str]]:

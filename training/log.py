@@ -13,11 +13,12 @@ from curation.store import Location
 class Log:
     """``metrics-{start:07d}.jsonl`` in a folder: a line every few steps, from the step that this process began with.
 
-    A folder on S3 gets its lines when ``flush`` is called. TensorBoard event files are written beside them into a local
-    folder when the package ``tensorboard`` is installed.
+    A folder on S3 gets, when ``flush`` is called, a file with the lines since the last one, named by its first step.
+    TensorBoard event files are written beside them into a local folder when the package ``tensorboard`` is installed.
     """
 
     def __init__(self, folder: Location, start: int) -> None:
+        self.folder = folder
         self.file = folder / f"metrics-{start:07d}.jsonl"
         self._lines: list[str] = []
         self._board = _tensorboard(folder, start)
@@ -33,6 +34,8 @@ class Log:
             with self.file.path.open("a") as out:
                 out.write(text)
         else:
+            if not self._lines:
+                self.file = self.folder / f"metrics-{step:07d}.jsonl"
             self._lines.append(text)
         if self._board is not None:
             for name, value in line.items():
@@ -43,6 +46,7 @@ class Log:
         """Have on S3 what was added so far."""
         if self._lines:
             self.file.write("".join(self._lines).encode())
+            self._lines.clear()
 
     def __enter__(self) -> "Log":
         return self

@@ -63,7 +63,7 @@ def sinkhorn_offset(
     if temperature <= 0 or n_iter < 1:
         raise ValueError(f"sinkhorn_offset needs temperature > 0 and n_iter >= 1: got {temperature} and {n_iter}")
     log_k, log_n = math.log(len(weight_Kd)), math.log(max(1, world.total(len(unit_Nd))))
-    a_K = torch.zeros(len(weight_Kd), device=unit_Nd.device)
+    a_K, weight_Kd = torch.zeros(len(weight_Kd), device=unit_Nd.device), weight_Kd.to(dtype)
     for iteration in range(n_iter):
         mass_K = torch.full_like(a_K, -torch.inf)  # log of what each prototype has
         for rows in _slices(len(unit_Nd), len(weight_Kd), unit_Nd.device):
@@ -84,12 +84,18 @@ def mean_logits(unit_Nd: Tensor, weight_Kd: Tensor, world: World) -> Tensor:
 
 @torch.no_grad()
 def mean_softmax(
-    unit_Nd: Tensor, weight_Kd: Tensor, temperature: float, world: World, dtype: torch.dtype = torch.float32
+    unit_Nd: Tensor,
+    weight_Kd: Tensor,
+    offset_K: Tensor,
+    temperature: float,
+    world: World,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """How much each prototype is used before any balancing: mean of softmax(z / temperature), float32 (K,)."""
-    used_K = torch.zeros(len(weight_Kd), device=unit_Nd.device)
+    """How much each prototype is used: mean of softmax(z / temperature + offset), float32 (K,)."""
+    used_K, weight_Kd = torch.zeros(len(weight_Kd), device=unit_Nd.device), weight_Kd.to(dtype)
     for rows in _slices(len(unit_Nd), len(weight_Kd), unit_Nd.device):
-        used_K += torch.softmax(_logits(unit_Nd[rows], weight_Kd, dtype).div_(temperature), dim=-1).sum(dim=0)
+        x_nK = _logits(unit_Nd[rows], weight_Kd, dtype).div_(temperature).add_(offset_K)
+        used_K += torch.softmax(x_nK, dim=-1).sum(dim=0)
     return world.sum(used_K) / max(1, world.total(len(unit_Nd)))
 
 
@@ -174,6 +180,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_x, grad_w = torch.empty_like(unit_SBd), torch.zeros_like(weight_Kd)
         w16, loss, entropy = weight_Kd.to(dtype), unit_SBd.new_zeros(()), unit_SBd.new_zeros(())
         mass_S1 = pair_SG.sum(dim=1)[:, None]
+        targets = targets._replace(weight_Kd=targets.weight_Kd.to(dtype))
         for chunk in _slices(b, s * len(weight_Kd), unit_SBd.device):
             log_t = targets.log_probabilities(rows_GB[:, chunk].flatten(), dtype)
             t_GbK = log_t.exp()

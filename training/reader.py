@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from curation.listing import Root
 from curation.store import Location
-from training.stream import Sample, locate_tar, read_images
+from training.stream import Sample, locate_tars, read_remote, shard_there
 
 _OPEN = 64  # tars; a group of open shards, and that of several components of a mix
 
@@ -22,24 +22,24 @@ class Reader:
     def __call__(self, samples: Sequence[Sample]) -> Iterator[bytes]:
         """The encoded bytes of each sample in turn, short or empty where the shard is.
 
-        One at a time from local tars, so that a batch is never held; from S3 all at once, several requests at a time.
-        Raises what ``training.stream.locate_tar`` does, FileNotFoundError among it.
+        From local tars one at a time, so that a batch is never held; those of tars on S3 all at once, several requests
+        at a time. Raises what ``training.stream.locate_tar`` does.
         """
-        if not self._shards.is_local:
-            yield from read_images(self._shards, samples, self._root)
-            return
+        tars = locate_tars(self._shards, samples, self._root)
+        remote = iter(read_remote(tars, samples))
         for sample in samples:
-            tar = locate_tar(self._shards, sample.shard, self._root)
+            tar = tars[sample.shard]
             if tar.is_local:
                 yield os.pread(self._file(sample.shard, tar), sample.length, sample.offset)
-            else:  # the index lies here, its tars elsewhere
-                yield tar.read(sample.offset, sample.length)
+            else:
+                yield next(remote)
 
     def _file(self, shard: int, tar: Location) -> int:
         if shard not in self._open:
             if len(self._open) == _OPEN:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(tar.path, os.O_RDONLY | os.O_CLOEXEC)
+            with shard_there(tar):
+                self._open[shard] = os.open(tar.path, os.O_RDONLY | os.O_CLOEXEC)
         self._open.move_to_end(shard)
         return self._open[shard]
 

@@ -83,7 +83,7 @@ class ParamRule:
     last_layer: bool  # prototypes, which stand still during the first steps
 
 
-_TOKENS = ("cls_token", "mask_token", "registers", "register_tokens", "pos_embed")
+_TOKENS = ("cls_token", "mask_token", "registers", "pos_embed")
 
 
 def backbone_rule(

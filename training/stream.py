@@ -12,10 +12,11 @@ them a slot shows, and how far that is, ``training.mixing`` says. Draw d of comp
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,13 +26,16 @@ import pyarrow.parquet as pq
 from curation.artifact import Artifact, part_name
 from curation.listing import Root, file_at, root_of
 from curation.mix import MixSpec, read_mix
-from curation.shards import TarFacts, shard_name, tar_facts
+from curation.shards import TarFacts, digest_of_ends, shard_name, tar_facts
 from curation.store import Location, RangeFile
 from training.mixing import Mixing
 
 _READERS = 16  # requests at a time when totals or samples come over a network
 _TARS = 4096  # whose places a process remembers
 _SHARDS, _ROWS = 3, 4  # the last word of the key of a component's generators keeps them apart from all others of a run
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class ShardChangedError(ValueError):
@@ -239,7 +243,8 @@ def shard_totals(
     """Samples an epoch of each shard, int64 (n_shards,), of a mix (n_shards, n_components): the sums of its counts.
 
     Reads every index file once, and looks at every tar: a run does not begin when one is gone, or is not the one that
-    was indexed, or breaks off. ``root``: as ``locate_tar``. Raises ShardGoneError, ShardChangedError.
+    was indexed, or breaks off. On S3 that is two requests a tar, of tars of others four, 16 at a time. ``root``: as
+    ``locate_tar``. Raises ShardGoneError, ShardChangedError.
     """
     columns = ["count"] if mix is None else mix.columns
 
@@ -256,16 +261,52 @@ def shard_totals(
 
 
 def read_images(shards: Location, samples: Sequence[Sample], root: Root | None = None) -> list[bytes]:
-    """The encoded bytes of each sample, short or empty where the shard is. ``root``, errors: as ``locate_tar``."""
-    read = partial(_read_image, shards, root)
-    if shards.is_local or len(samples) < 2:
-        return list(map(read, samples))
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(read, samples))
+    """The encoded bytes of each sample, short or empty where the shard is.
+
+    From local tars one after the other, from tars on S3 several requests at a time. ``root``, errors: as
+    ``locate_tar``.
+    """
+    tars = locate_tars(shards, samples, root)
+    remote = iter(read_remote(tars, samples))
+    return [_read_image(tars, s) if tars[s.shard].is_local else next(remote) for s in samples]
 
 
-def _read_image(shards: Location, root: Root | None, sample: Sample) -> bytes:
-    return locate_tar(shards, sample.shard, root).read(sample.offset, sample.length)
+def read_remote(tars: Mapping[int, Location], samples: Sequence[Sample]) -> list[bytes]:
+    """The bytes of those samples whose tar is on S3, in their order, 16 requests at a time. Raises ShardGoneError.
+
+    tars: as ``locate_tars`` gives.
+    """
+    return _in_threads(partial(_read_image, tars), [sample for sample in samples if not tars[sample.shard].is_local])
+
+
+def _read_image(tars: Mapping[int, Location], sample: Sample) -> bytes:
+    tar = tars[sample.shard]
+    with shard_there(tar):
+        return tar.read(sample.offset, sample.length)
+
+
+def _in_threads(fn: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    if len(items) < 2:
+        return list(map(fn, items))
+    with ThreadPoolExecutor(min(_READERS, len(items))) as pool:
+        return list(pool.map(fn, items))
+
+
+def locate_tars(shards: Location, samples: Sequence[Sample], root: Root | None = None) -> dict[int, Location]:
+    """Where the tar of each shard of these samples is, by shard. ``root``, errors: as ``locate_tar``.
+
+    Each is looked at by one thread, before those that read its images.
+    """
+    ids = sorted({sample.shard for sample in samples})
+    tars = [locate_tar(shards, shard, root) for shard in ids[:1]]  # where one is, all are but for odd lists
+    local = shards.is_local and all(tar.is_local for tar in tars)
+    find = partial(_locate, shards, root)
+    tars += map(find, ids[1:]) if local else _in_threads(find, ids[1:])
+    return dict(zip(ids, tars, strict=True))
+
+
+def _locate(shards: Location, root: Root | None, shard: int) -> Location:
+    return locate_tar(shards, shard, root)
 
 
 @lru_cache(maxsize=_TARS)
@@ -273,7 +314,8 @@ def locate_tar(shards: Location, shard: int, root: Root | None = None) -> Locati
     """Where the tar of a shard is: beside its index, or, where the index names a tar, below ``root``.
 
     ``root``: where the source of the tars is now; None takes what the manifest beside the index says. A tar that the
-    index names is looked at, once a process. Raises ShardGoneError, or ShardChangedError for another size.
+    index names is looked at, once a process: by its size and both ends, see ``curation.shards.digest_of_ends``. Raises
+    ShardGoneError, ShardChangedError.
     """
     file = str(shards / part_name(shard)) if shards.is_local else RangeFile(shards / part_name(shard))
     with pq.ParquetFile(file) as index:
@@ -297,17 +339,26 @@ def _root_of(shards: Location) -> Root:
 
 
 def _check_tar(tar: Location, facts: TarFacts | None, end: int) -> None:
-    """Raise unless a tar is there, of the size that was indexed, and not shorter than the ``end`` of its last image."""
-    try:
+    """Raise unless a tar is there, is the one that was indexed, and not shorter than the ``end`` of its last image."""
+    with shard_there(tar):
         size = tar.entry().size
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise ShardGoneError(f"{tar} must be the shard that its index is of: it is gone") from e
+        ends = digest_of_ends(tar.read, size) if facts is not None and size == facts.size else ""
     if facts is not None and size != facts.size:
-        raise ShardChangedError(
-            f"{tar} must be the shard that its index is of: it had {facts.size} bytes and has {size}"
-        )
+        raise ShardChangedError(f"{_must(tar)}: it had {facts.size} bytes and has {size}")
+    if facts is not None and ends != facts.ends:
+        raise ShardChangedError(f"{_must(tar)}: it has other bytes at its ends, in the same size")
     if size < end:
-        raise ShardChangedError(
-            f"{tar} must be the shard that its index is of: it breaks off at {size} bytes, and the last image ends at "
-            f"{end}"
-        )
+        raise ShardChangedError(f"{_must(tar)}: it breaks off at {size} bytes, and the last image ends at {end}")
+
+
+@contextmanager
+def shard_there(tar: Location) -> Iterator[None]:
+    """A block that opens or reads a tar. Raises ShardGoneError when it is not there, or no more."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise ShardGoneError(f"{_must(tar)}: it is gone") from e
+
+
+def _must(tar: Location) -> str:
+    return f"{tar} must be the shard that its index is of"

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.shards import INDEX_SCHEMA, TarFacts, with_tar
+from curation.shards import INDEX_SCHEMA, TarFacts, digest_of_ends, with_tar
 from curation.tars import METADATA_SUFFIXES, Member, is_compressed, split_key, tar_members, too_long, utf8_text
 from embedding.decode import QUIET_PILLOW, BadImage, ImageFacts, inspect_header
 
@@ -30,7 +30,8 @@ LEFT_OUT_SCHEMA = pa.schema(
         pa.field("detail", pa.string(), nullable=False),
     ]
 )
-BAD_SAMPLES = ("no_image", "undecodable", "too_large", "truncated", "not_a_tar")  # reasons that count as bad
+BAD_SAMPLES = ("no_image", "undecodable", "too_large")  # reasons that count as bad
+BROKEN_TARS = ("truncated", "not_a_tar")  # reasons of a tar as a whole: it may have cost any number of samples
 DUPLICATE = "duplicate_key"  # the other reason: nothing is wrong but the name
 _IMAGE_SUFFIXES = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm avif".split())
 _READ_AHEAD = 1 << 14  # bytes: headers stand apart by an image
@@ -51,7 +52,8 @@ class IndexConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     source: str  # folder or S3 prefix with WebDataset tars, one tar, a pattern as in laion/**/*.tar, or a .txt list
-    max_bad_fraction: float = 0.05  # share of the samples that may be bad: without an image, undecodable, or cut off
+    max_bad_fraction: float = 0.05  # share of the samples that may be bad: without an image, or undecodable; also the
+    # share of the tars that may break off, or be none
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction <= 1:
@@ -61,7 +63,7 @@ class IndexConfig:
 class TarIndex(NamedTuple):
     """What is in a tar."""
 
-    rows: pa.Table  # INDEX_SCHEMA, with the name and size of the tar in its metadata
+    rows: pa.Table  # INDEX_SCHEMA, with the ``TarFacts`` in its metadata
     left_out: pa.Table  # LEFT_OUT_SCHEMA: samples that are not indexed, and the tar itself where it breaks off
     unused_images: int  # members with a suffix of images beside the one that their sample shows
 
@@ -94,13 +96,14 @@ def index_tar(path: Path, name: str) -> TarIndex:
         except tarfile.TarError as e:
             broken = utf8_text(str(e))
         size = os.fstat(file.fileno()).st_size
+        ends = digest_of_ends(lambda offset, length: os.pread(file.fileno(), length, offset), size)
     if broken:
         is_tar = rows.n_rows or left_out.n_rows or not first or first[_MAGIC] == b"ustar"
-        left_out.add(name, None, "truncated" if is_tar else "not_a_tar", broken)
+        left_out.add(name, None, BROKEN_TARS[0 if is_tar else 1], broken)
     table, again = _first_of_keys(rows.table())
     for key in again:
         left_out.add(name, key, DUPLICATE, "an earlier sample of this tar has this key")
-    return TarIndex(with_tar(table, TarFacts(name, size)), left_out.table(), n_unused)
+    return TarIndex(with_tar(table, TarFacts(name, size, ends)), left_out.table(), n_unused)
 
 
 class _Sample:

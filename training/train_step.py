@@ -56,7 +56,7 @@ class TrainState:
         """Initial state; the teacher starts as the student. Raises ValueError when a process has no whole groups."""
         self.device, self.world = device, world or World()
         self.n_images = share(config.batch, self.world, "train.batch")  # of this process, each step
-        _pieces(self.n_images, None, config)
+        pieces(self.n_images, None, config)
         self.student = Encoder(config).to(device).train()
         self.teacher = Encoder(config).to(device).eval().requires_grad_(False)
         self.centre_K = torch.zeros(config.head.prototypes, device=device)
@@ -90,7 +90,7 @@ class StepMetrics(NamedTuple):
     koleo_loss: float  # nats, sum over the global crops; nan: off
     teacher_entropy: float  # nats, mean over the targets of DINO; ln K: they say nothing
     ibot_teacher_entropy: float  # nats, mean over the targets of iBOT; nan: off
-    usage_perplexity: float  # prototypes used by the teacher's softmax before balancing, 1..K; near 1: collapse
+    usage_perplexity: float  # prototypes used by the teacher's softmax, centred, not balanced, 1..K; near 1: collapse
     crop_similarity: float  # cosine of the teacher's CLS tokens of the two global crops, mean; 1: it sees no crop
     rank: float  # effective rank of the teacher's CLS tokens of first crops; nan in steps without
     grad_norm: float  # of all parameters, before clipping
@@ -113,28 +113,28 @@ def train_step(
     activations of a micro-batch, the bottleneck vectors of all, and some chunks of logits. Raises ValueError unless a
     micro-batch holds whole groups.
     """
-    pieces = _pieces(globals_GBhw3.shape[1], micro_batch, config)
+    parts = pieces(globals_GBhw3.shape[1], micro_batch, config)
     first = state.world.rank * state.n_images
-    masks = [step_masks(config, settings.step, state.device, (first + i, first + j)) for i, j in pieces]
+    masks = [step_masks(config, settings.step, state.device, (first + i, first + j)) for i, j in parts]
     autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
     with torch.no_grad(), autocast:
         teacher = [
             state.teacher([_view(globals_GBhw3[:, i:j], config, state.device)], rows_M=mask and mask.rows_M)
-            for (i, j), mask in zip(pieces, masks, strict=True)
+            for (i, j), mask in zip(parts, masks, strict=True)
         ]
     targets = [_targets(state, teacher, head, config, settings) for head in _heads(config)]
     state.optimizer.zero_grad(set_to_none=True)
     losses = []
-    for n, (i, j) in enumerate(pieces):
+    for n, (i, j) in enumerate(parts):
         views = [_view(x[:, i:j], config, state.device) for x in (globals_GBhw3, locals_LBhw3) if len(x)]
         draws = step_draws(config, state.student.backbone, settings.step, (first + i, first + j))
         mask = masks[n]
-        wait = isinstance(state.forward, DistributedDataParallel) and n < len(pieces) - 1
+        wait = isinstance(state.forward, DistributedDataParallel) and n < len(parts) - 1
         with state.forward.no_sync() if wait else nullcontext():  # type: ignore[operator]
             with autocast:
                 student = state.forward(views, mask and mask.hidden_CP, mask and mask.rows_M, draws[: len(views)])
             some = _losses(state, student, [each[n] for each in targets], mask, config)
-            (some.total / len(pieces)).backward()  # type: ignore[no-untyped-call]
+            (some.total / len(parts)).backward()  # type: ignore[no-untyped-call]
         losses.append(some)
     norm = _clip(state.student, config)
     metrics = _metrics(state, losses, teacher, norm, config, settings)
@@ -186,7 +186,7 @@ def _generator(*key: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int(word) % 2**63)
 
 
-def _pieces(n: int, micro_batch: int | None, config: TrainConfig) -> list[tuple[int, int]]:
+def pieces(n: int, micro_batch: int | None, config: TrainConfig) -> list[tuple[int, int]]:
     """First and last + 1 image of each micro-batch."""
     size = micro_batch or n
     if n % size or size % config.images_a_group:
@@ -310,9 +310,10 @@ def _metrics(
     }
     values = state.world.mean(torch.stack(list(measured.values())))
     units_Nd = torch.cat([out.unit_Nd.float() for out in teacher])
-    used_K = mean_softmax(
-        units_Nd, state.teacher.head.weight(), settings.teacher_temperature, state.world, _dtype(config)
-    )
+    centred = config.centering == "softmax"  # before balancing, which is no part of what the teacher says
+    offset_K = -state.centre_K / settings.teacher_temperature if centred else torch.zeros_like(state.centre_K)
+    weight_Kd = state.teacher.head.weight()
+    used_K = mean_softmax(units_Nd, weight_Kd, offset_K, settings.teacher_temperature, state.world, _dtype(config))
     numbers = torch.cat([values, torch.stack([usage_perplexity(used_K[None]), norm])]).tolist()
     named = dict(zip([*measured, "usage_perplexity", "grad_norm"], numbers, strict=True))
     return StepMetrics(**named, lr=settings.lr, skipped=0.0)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,16 @@ from embedding.flops import matmul_rate
 from embedding.vit import ViT
 from training.augment_torch import batched_crops
 from training.begin import begin_with
-from training.checkpoint import History, Run, SkippedStep, load_best, restore_newest, save_best, save_checkpoint
+from training.checkpoint import (
+    History,
+    Run,
+    SkippedStep,
+    best_accuracy,
+    load_best,
+    restore_newest,
+    save_best,
+    save_checkpoint,
+)
 from training.config import TrainConfig, TrainResources
 from training.knn import LabelledImages
 from training.loader import Batch, LoaderPlan, batches
@@ -27,12 +36,14 @@ from training.log import Log
 from training.monitor import alarms, doubts
 from training.stream import list_shards, shard_totals
 from training.throughput import Timing, train_flops
-from training.train_step import StepMetrics, StepSettings, TrainState, train_step
+from training.train_step import StepMetrics, StepSettings, TrainState, pieces, train_step
 from training.world import World, joined
 
 __all__ = ["Timing", "TrainConfig", "TrainDiverged", "TrainResources", "TrainResult", "train"]
 
 Progress = Callable[[int, int, str], None]  # step, n_steps, message
+Say = Callable[[str], None]  # a sentence for people, once
+CHECKPOINT_SECONDS = 300.0  # between checkpoints at most, where there are any: what a kill may cost
 LOG = "log"  # the folder of metrics.jsonl and TensorBoard's event files, beside the result
 
 
@@ -61,11 +72,14 @@ def train(
     progress: Progress | None = None,
     weights: str | None = None,
     root: Root | None = None,
+    say: Say | None = None,
 ) -> TrainResult:
     """Train on a shard set, going on from the newest checkpoint under ``out / "scratch"``.
 
-    weights: where those that ``config.init`` names are; None: just there. root: where tars of others are, see
-    ``training.stream.locate_tar``.
+    progress is told every step, say what is odd: doubts at the start, an alarm when its kind is first seen; and where
+    the run goes on. weights: where those that ``config.init`` names are; None: just there. root: where tars of others
+    are, see ``training.stream.locate_tar``.
+
     Alone, or with the other processes that ``torchrun`` or ``training.launch`` started: each has its share of every
     batch, and the first one writes. On a CPU the result is the same bytes for any number of loader workers and any
     kills. Sets torch's number of threads for the process. Raises TrainDiverged, WorkerDied, CheckpointFailed,
@@ -81,7 +95,7 @@ def train(
         if config.n_steps:
             plan = _plan(config, shards, world, resources.crops_on, root)
             run = Run(config, _digest(shards, plan), out / "scratch", state, history)
-            job = _Job(run, plan, resources, timing, out / LOG, progress)
+            job = _Job(run, plan, resources, timing, out / LOG, progress, say or _silent)
             _run_steps(job)
             world.wait()  # until the first process has written what all may read
         backbone = state.teacher.backbone.cpu().eval()
@@ -99,6 +113,7 @@ def _begin(config: TrainConfig, resources: TrainResources, world: World, weights
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in float32
     state = TrainState(config, device, world)
+    pieces(state.n_images, resources.micro_batch, config)  # raises now rather than at the first step
     if config.init is not None and weights is not None:
         begin_with(state.student.backbone, weights, config.image_size)
         state.teacher.backbone.load_state_dict(state.student.backbone.state_dict())
@@ -118,6 +133,7 @@ class _Job:
     timing: Timing
     log: Location
     progress: Progress | None
+    say: Say
 
     @property
     def leads(self) -> bool:
@@ -132,11 +148,16 @@ def _run_steps(job: _Job) -> None:
         run.folder.sweep()
     world.wait()
     start = job.timing.resumed_at = restore_newest(run)
-    world.wait()
-    for i, doubt in enumerate(doubts(config, int(job.plan.totals.sum())), 1):
-        run.history.alarms[f"doubt {i}"] = doubt
+    if len(set(starts := world.gather(start))) > 1:
+        raise ValueError(
+            f"all processes must go on from one checkpoint: got steps {starts} in {run.folder}; the output must be a "
+            "place that all machines see"
+        )
+    if start and job.leads:
+        job.say(f"goes on after step {start} of {config.n_steps}")
+    _alarm(job, {f"doubt {i}": text for i, text in enumerate(doubts(config, int(job.plan.totals.sum())), 1)})
     images = LabelledImages(job.plan.shards, config, job.plan.root) if config.knn_every and job.leads else None
-    settings, n_steps = schedule(config), config.n_steps
+    settings, n_steps, saved = schedule(config), config.n_steps, time.monotonic()
     with ExitStack() as stack:
         reporter = stack.enter_context(_reporting(job, start)) if job.leads else None
         stream = _timed(batches(job.plan, start, n_steps, resources.n_workers, resources.prefetch), job)
@@ -148,8 +169,10 @@ def _run_steps(job: _Job) -> None:
                 _measure(job, images, batch.step)
             if reporter is not None:
                 reporter.tell(batch.step, metrics)
-                if resources.checkpoint_every and done % resources.checkpoint_every == 0:
+                late = time.monotonic() - saved > CHECKPOINT_SECONDS
+                if resources.checkpoint_every and (late or done % resources.checkpoint_every == 0):
                     save_checkpoint(run, done, resources.keep_checkpoints)
+                    saved = time.monotonic()
                     reporter.log.flush()
 
 
@@ -158,7 +181,7 @@ def schedule(config: TrainConfig) -> list[StepSettings]:
     columns = (config.lr_schedule(), config.temperature_schedule(), config.momentum_schedule(),
                config.weight_decay_schedule())  # fmt: skip
     lrs, temperatures, momenta, decays = (column.tolist() for column in columns)
-    frozen, still = config.freeze_last_layer_steps, config.init_frozen_steps if config.init else 0
+    frozen, still = config.freeze_last_layer_steps, config.init_frozen_steps
     return [
         StepSettings(i, lrs[i], temperatures[i], momenta[i], decays[i], i < frozen, i < still)
         for i in range(config.n_steps)
@@ -175,7 +198,7 @@ def _one_step(job: _Job, batch: Batch, settings: StepSettings) -> StepMetrics:
     history.bad_samples.update(dict(bad))
     if metrics.skipped:
         history.skipped.append(SkippedStep(step, _everybody(state.world, batch.keys)))
-    history.alarms |= {kind: f"step {step}: {text}" for kind, text in alarms(step, metrics, config).items()}
+    _alarm(job, {kind: f"step {step}: {text}" for kind, text in alarms(step, metrics, config).items()})
     recent = history.metrics["skipped"][max(0, step + 1 - config.max_bad_steps) : step + 1]
     if len(recent) == config.max_bad_steps and recent.all():
         raise TrainDiverged(
@@ -184,6 +207,19 @@ def _one_step(job: _Job, batch: Batch, settings: StepSettings) -> StepMetrics:
             f"{', '.join(batch.keys[:3])}, ...; lower train.lr or look at these images"
         )
     return metrics
+
+
+def _alarm(job: _Job, found: Mapping[str, str]) -> None:
+    """Note what is odd, by kind; what is so for the first time is said."""
+    known = job.run.history.alarms
+    for kind, text in found.items():
+        if kind not in known and job.leads:
+            job.say(text)
+        known[kind] = text
+
+
+def _silent(_: str) -> None:
+    """Say nothing."""
 
 
 def _crops(batch: Batch, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -206,10 +242,10 @@ def _measure(job: _Job, images: LabelledImages, step: int) -> None:
     """k-NN accuracy of the teacher after a step; the best one so far is kept."""
     run = job.run
     known = run.history.metrics["knn_accuracy"]
-    best = np.nanmax(known, initial=-1.0)
+    kept = best_accuracy(run.folder) if run.config.result == "best" else -1.0
     known[step] = images.accuracy(run.state.teacher.backbone, run.state.device)
-    if run.config.result == "best" and known[step] > best:
-        save_best(run, step + 1)
+    if run.config.result == "best" and known[step] > kept:
+        save_best(run, step + 1, float(known[step]))
 
 
 class _Reporter:
@@ -237,7 +273,7 @@ class _Reporter:
                 "wait_share": recent.wait_share,
                 "mfu": rate * self.flops / self.peak,
                 "seconds_left": (config.n_steps - step - 1) / rate if rate else math.nan,
-                "alarms": sorted(job.run.history.alarms),
+                "alarms": dict(job.run.history.alarms),
             }
             self.log.add(step, values)
         if job.progress is not None:

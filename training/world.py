@@ -72,20 +72,22 @@ def joined(device: str) -> Iterator[World]:
     """The world that ``torchrun`` or ``training.launch`` started this process in; a world of one without them.
 
     NCCL among GPUs, gloo among CPUs. Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and sets the
-    GPU of this process.
+    GPU of this process. A process whose block raises is to end. Raises ValueError for one GPU given to several.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    cuda, index = device.startswith("cuda"), torch.device(device).index
+    if size > 1 and index is not None:
+        raise ValueError(f"train.resources.device must be 'cuda' or 'cpu' with {size} processes: got {device!r}")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) if index is None else index)
     if size == 1:
         yield World()
         return
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
-    try:
-        yield World(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    # After an error the group is left as it is: to take it apart would wait for processes that wait for this one, which
+    # is to end, and to say first what went wrong.
+    yield World(dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()
 
 
 def _device() -> torch.device:

@@ -1,8 +1,8 @@
 """``index``: WebDataset tars that came without an index, made ready for training; no byte of them is copied.
 
-One part a tar, in the order of their names. Counts: ``rows`` are the samples that were looked at, and one for each tar
-that breaks off or is none; ``kept`` are indexed; ``dropped`` have a key that an earlier sample of their tar has;
-``bad`` are all others, by reason in ``rejected-*``.
+One part a tar, in the order of their names. Counts: ``rows`` are the samples that were looked at; ``kept`` are indexed;
+``dropped`` have a key that an earlier sample of their tar has; ``bad`` are all others, by reason in ``rejected-*``.
+``shards`` are the tars, ``broken_tars`` those of them that break off or are none: what they have cost nobody knows.
 """
 
 import re
@@ -10,7 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from curation.artifact import Counts, FileInfo, add_counts, part_name, write_table
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.artifact import Counts, FileInfo, add_counts, part_name, read_table, write_table
 from curation.execute import Executor
 from curation.listing import ARCHIVE_SUFFIXES, Listing, Root, file_at, list_source, suffix, why_lost
 from curation.store import Entry, Location
@@ -18,7 +21,7 @@ from pipelines.errors import UserError
 from pipelines.stage import FOUND, Inputs, Output, Stage
 from pipelines.stages.pool import check_bad
 from training.stream import ShardChangedError, ShardGoneError
-from training.tar_index import BAD_SAMPLES, CompressedTarError, IndexConfig, index_tar
+from training.tar_index import BAD_SAMPLES, BROKEN_TARS, CompressedTarError, IndexConfig, index_tar
 
 UNPACK_HINT = "unpack it first, as with gunzip: an image is then read at its place, without what is before it"
 OWN_INDEX = re.compile(r"(.*/)?part-\d{7,}\.parquet")  # of shards that were made here
@@ -58,7 +61,9 @@ def run(config: IndexConfig, inputs: Inputs, out: Output, executor: Executor) ->
     names = [[part_name(i, "rejected"), part_name(i)] for i, _ in items]
     out.make(partial(write_index, root=listing.root, out=out.location), items, names)
     counts = {"rows": 0, "kept": 0, "dropped": 0, "bad": 0, **add_counts(file.counts for file in out.files)}
-    counts |= {"shards": len(items), "ignored_files": listing.ignored}
+    broken = sum(counts.get(reason, 0) for reason in BROKEN_TARS)
+    counts |= {"shards": len(items), "broken_tars": broken, "ignored_files": listing.ignored}
+    check_tars(config.max_bad_fraction, counts, out)
     check_bad(config.max_bad_fraction, counts, out, BAD_SAMPLES)
     if counts["kept"] == 0:
         raise UserError(
@@ -66,6 +71,23 @@ def run(config: IndexConfig, inputs: Inputs, out: Output, executor: Executor) ->
             "a sample is an image in a tar, such as 0001.jpg; the rejected-*.parquet files say what else there is",
         )
     return counts
+
+
+def check_tars(most: float, counts: Counts, out: Output) -> None:
+    """Stop when more than a share ``most`` of the tars break off or are none, with the first of them."""
+    if counts["broken_tars"] <= most * counts["shards"]:
+        return
+    names = sorted(file.name for file in out.files if any(file.counts.get(reason) for reason in BROKEN_TARS))
+    examples = []
+    for name in names[:3]:
+        table = read_table(out.location / name, ["source", "reason", "detail"])
+        (row,) = table.filter(pc.is_in(table["reason"], pa.array(BROKEN_TARS))).to_pylist()
+        examples.append(f"{row['source']} ({row['detail']})")
+    raise UserError(
+        f"at most {most:.3g} of the tars may break off or be none (max_bad_fraction): "
+        f"got {counts['broken_tars']} of {counts['shards']}, first {'; '.join(examples)}",
+        "fetch the tars named again; raise max_bad_fraction to train on what is before the break",
+    )
 
 
 def write_index(item: tuple[int, str], root: Root, out: Location) -> list[FileInfo]:
@@ -82,7 +104,8 @@ def write_index(item: tuple[int, str], root: Root, out: Location) -> list[FileIn
         raise UserError(f"{tar} must be one of the tars: it {why_lost(tar, e)}", hint) from e
     n_kept, n_out = len(found.rows), len(found.left_out)
     reasons = {str(one["values"]): int(one["counts"]) for one in found.left_out["reason"].value_counts().to_pylist()}
-    bad = sum(reasons.get(reason, 0) for reason in BAD_SAMPLES)
+    bad, broken = (sum(reasons.get(reason, 0) for reason in some) for some in (BAD_SAMPLES, BROKEN_TARS))
+    n_out -= broken  # a tar is no sample
     counts = {"rows": n_out, "dropped": n_out - bad, "bad": bad, **dict(sorted(reasons.items()))}
     kept = {"rows": n_kept, "kept": n_kept, "seen_per_epoch": n_kept, "unused_images": found.unused_images}
     return [

@@ -1,11 +1,13 @@
 """``train``: a vision encoder from shards. The trainer itself knows nothing of recipes."""
 
 import json
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from curation.store import Entry, Location, file_sha256
 from pipelines.errors import UserError
 from pipelines.recipe import STEP
 from pipelines.stage import Inputs, Output, Stage
+from pipelines.stages.begin import check_model, check_step
 from pipelines.stages.embed import MODEL_HINT, resources_of
 from pipelines.stages.index import unchanged_shards
 from training.config import TrainConfig, TrainResources
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from training.trainer import TrainResult
 
 POLL_S = 1.0  # between looks at how far the trainer is
+PROGRESS, SAID = "progress", "said"  # in scratch: how far it is, and the sentences it has for people
 NAMES = ("config.json", "model.safetensors", part_name(0))
 FACTS = "facts"  # in scratch: what the trainer says of the run beside its counts
 LISTED = 1000  # bad samples that facts name
@@ -40,6 +44,7 @@ def look(config: TrainConfig) -> tuple[Sequence[Entry] | None, None]:
 
     try:
         files = weight_files(config.init)
+        check_model(config)
     except ValueError as e:
         raise UserError(str(e), MODEL_HINT) from e
     return [Entry(path.name, path.stat().st_size, file_sha256(path)) for path in files], None
@@ -49,7 +54,7 @@ def run(config: TrainConfig, inputs: Inputs, out: Output, executor: Executor) ->
     """Write the teacher's backbone, and the metrics of every step as ``part-0000000.parquet``."""
     job, resources = train_job(config, inputs, out.location, executor), resources_of(executor)
     gpus = resources.gpus and max(resources.gpus, resources.train_processes)
-    with shown(out.scratch("progress"), getattr(executor, "progress", None)):
+    with shown(out.location, getattr(executor, "progress", None)):
         out.make_by_workers(partial(make_trainer, job), [None], [NAMES], gpus)
     facts = out.scratch(FACTS)
     out.facts |= json.loads(facts.read()) if facts.exists() else {}
@@ -67,22 +72,33 @@ class TrainJob:
     n_processes: int
     init: Artifact | None
     root: Root | None  # where the tars of others are now
+    noted: list[float] = field(default_factory=lambda: [0.0])  # when it was last noted how far the trainer is
+    said: list[str] = field(default_factory=list)  # sentences for people, by this process
 
     def train(self) -> "TrainResult":
         """Train in this process, which may be one of several. Raises what ``training.trainer.train`` raises."""
         from training.trainer import train
 
         if self.init is None:
-            return train(self.config, self.shards, self.out, self.speed, self.tell, root=self.root)
+            return train(self.config, self.shards, self.out, self.speed, self.tell, root=self.root, say=self.say)
         with tempfile.TemporaryDirectory(prefix="openlvd-") as folder:
             for name in NAMES[:2]:
                 (Path(folder) / name).write_bytes((self.init.location / name).read())
-            return train(self.config, self.shards, self.out, self.speed, self.tell, folder, self.root)
+            return train(self.config, self.shards, self.out, self.speed, self.tell, folder, self.root, self.say)
 
     def tell(self, step: int, n_steps: int, message: str) -> None:
-        """Note how far the trainer is."""
-        if step % 10 == 0 or step == n_steps:
-            (self.out / "scratch" / "progress").write(json.dumps([step, n_steps, message]).encode())
+        """Note how far the trainer is, every few seconds."""
+        now = time.monotonic()
+        if now - self.noted[0] > POLL_S or step == n_steps:
+            self.noted[0] = now
+            with suppress(OSError):  # it is for the eye alone
+                (self.out / "scratch" / PROGRESS).write(json.dumps([step, n_steps, message]).encode())
+
+    def say(self, text: str) -> None:
+        """Note a sentence for people."""
+        self.said.append(text)
+        with suppress(OSError):
+            (self.out / "scratch" / SAID).write(json.dumps(self.said).encode())
 
 
 def train_job(config: TrainConfig, inputs: Inputs, out: Location, executor: Executor) -> TrainJob:
@@ -147,18 +163,26 @@ def facts_of(result: "TrainResult") -> dict[str, Any]:
 
 
 @contextmanager
-def shown(noted: Location, progress: Callable[[int, int, str, str], None] | None) -> Iterator[None]:
-    """Pass on how far the trainer is, which it notes in a file, for it may run on another machine."""
-    stop = threading.Event()
+def shown(out: Location, progress: Callable[[int, int, str, str], None] | None) -> Iterator[None]:
+    """Pass on how far the trainer is and what it says, which it notes in files, for it may run on another machine."""
+    stop, n_told = threading.Event(), 0
+    for name in (PROGRESS, SAID):
+        (out / "scratch" / name).delete()  # of the run before
+
+    def look() -> None:
+        nonlocal n_told
+        with suppress(FileNotFoundError):
+            for text in json.loads((out / "scratch" / SAID).read())[n_told:]:
+                n_told += 1
+                print(text, file=sys.stderr, flush=True)
+        with suppress(FileNotFoundError):
+            step, n_steps, message = json.loads((out / "scratch" / PROGRESS).read())
+            if progress is not None:
+                progress(step, n_steps, "steps", message)
 
     def poll() -> None:
         while not stop.wait(POLL_S):
-            try:
-                step, n_steps, message = json.loads(noted.read())
-            except FileNotFoundError:
-                continue
-            if progress is not None:
-                progress(step, n_steps, "steps", message)
+            look()
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -167,6 +191,7 @@ def shown(noted: Location, progress: Callable[[int, int, str, str], None] | None
     finally:
         stop.set()
         thread.join()
+        look()
 
 
 STAGE = Stage(
@@ -175,6 +200,7 @@ STAGE = Stage(
     run=run,
     reads={"shards": ("shards",)},
     step_or_value={"init": ("train",)},
+    check=check_step,
     has_presets=True,
     look=look,
 )

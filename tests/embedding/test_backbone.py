@@ -412,3 +412,17 @@ def test_clip_gives_its_projected_image_embedding(tmp_path):
         theirs = model.visual_projection(model.vision_model(pixel_values=prepared(images)).pooler_output)
     np.testing.assert_allclose(backbone.embed(images), theirs.numpy(), atol=1e-6)
     assert (backbone.width, backbone.identity["name"]) == (24, "clip")
+
+
+def test_the_encoder_that_comes_with_the_package():
+    backbone = load_backbone("openlvd-tiny")
+    assert backbone.width == 128 and backbone.identity["preprocess"]["size"] == 32
+    folder = find_folder("openlvd-tiny")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 16e6
+    assert {str(tensor.dtype) for tensor in load_file(folder / "model.safetensors").values()} == {"torch.float16"}
+    rng = np.random.default_rng(0)
+    dark, light = ([rng.integers(low, low + 60, (40, 50, 3), dtype=np.uint8) for _ in range(4)] for low in (0, 190))
+    x = backbone.embed([*dark, *light])
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    similarity = x @ x.T
+    assert similarity[:4, :4].mean() > similarity[:4, 4:].mean() + 0.1

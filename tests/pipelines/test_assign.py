@@ -9,7 +9,7 @@ import pytest
 from test_report import Page
 from tiny import recipe
 
-from curation import coarse, kmeans
+from curation import coarse, labelling
 from curation.artifact import Artifact, pool_of, read_table
 from curation.drift import AssignConfig, Spread, drift
 from curation.embeddings import embedding_parts, read_embeddings
@@ -107,7 +107,7 @@ def test_so_they_do_where_very_many_centroids_are_met_in_groups(tiny, tmp_path, 
 
 def test_gpus_leave_the_bytes_of_a_cpu(tiny, steps, tmp_path, monkeypatch):
     monkeypatch.setattr(assign, "device_of", lambda executor: Device("cpu:0", 0.5))
-    monkeypatch.setattr(kmeans, "assign", None)  # nothing is compared otherwise
+    monkeypatch.setattr(labelling, "assign", None)  # nothing is compared otherwise
     out = alone(tmp_path / "alone", tiny.artifact("web_vec"), tiny.artifact("tree"))
     assert infos(out.files) == infos(steps["again"].files)
     n_rows = sum(part.rows for part in tiny.artifact("web_vec").parts)

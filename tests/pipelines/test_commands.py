@@ -1,22 +1,26 @@
 """Every stage as a command: the same artifact as in a recipe, at a place of the user's choice."""
 
 import dataclasses
+import inspect
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from typing import get_args, get_type_hints
 
 import pytest
 from tiny import STEP_OF_STAGE, digit, recipe
 
 from curation.artifact import Artifact, pool_of
 from curation.store import Location
+from embedding.vit_config import ViTConfig
 from pipelines import engine
 from pipelines.cli import INTERRUPTED, app
-from pipelines.commands import field_docs, flag, kind_text, read_value, settings_of
+from pipelines.commands import field_docs, flag, keys_of, kind_text, read_value, settings_of
 from pipelines.errors import UserError
+from pipelines.executor import Resources
 from pipelines.stages.table import STAGES
 from training.config import TrainConfig
 
@@ -258,6 +262,69 @@ def test_every_setting_has_its_meaning_in_the_help():
         if not field_docs(stage.config)[field.name].text
     ]
     assert missing == []
+
+
+HEADINGS = ["backbone", "crops", "heads and targets", "iBOT", "KoLeo", "optimiser", "order and stops",
+            "measuring on the way"]  # fmt: skip
+
+
+def configs() -> list[type]:
+    """Of every stage, and those within them."""
+    found = [stage.config for stage in STAGES.values()] + [Resources]
+    for config in found:
+        kinds = [one for kind in get_type_hints(config).values() for one in (kind, *get_args(kind))]
+        found += [kind for kind in kinds if dataclasses.is_dataclass(kind) and kind not in found]
+    return found
+
+
+def test_headings_are_those_of_the_trainer_alone():
+    for config in configs():
+        docs = field_docs(config)
+        sections = list(dict.fromkeys(docs[field.name].section for field in dataclasses.fields(config)))
+        assert sections == (HEADINGS if config is TrainConfig else [""]), config
+
+
+def test_no_help_is_cut_off_or_goes_on_with_another():
+    """Of every comment in the source each word is in the help of one field, or in a heading."""
+    for config in configs():
+        docs = field_docs(config)
+        lines = inspect.getsource(config).splitlines()
+        said = [line.split("# ", 1)[1].split() for line in lines if "  # " in line or line.lstrip().startswith("# ")]
+        said = [words for words in said if not {"fmt:", "read"} & {words[0]}]
+        texts = " ".join(docs[field.name].text for field in dataclasses.fields(config)).split()
+        headings = [words for words in said if " ".join(words).partition(":")[0] in HEADINGS]
+        assert texts == [word for words in said if words not in headings for word in words], config
+        for field in dataclasses.fields(config):
+            text = docs[field.name].text
+            assert not [one for one in HEADINGS[2:] if text.endswith(one)], (config, field.name)
+            assert text.split()[-1:] not in [["the"], ["a"], ["released"]], (config, field.name)
+            assert text.count("(") == text.count(")") or "[" in text, (config, field.name)
+            assert text.count('"') % 2 == 0, (config, field.name)
+
+
+def test_the_keys_of_a_setting_have_their_meaning():
+    keys = keys_of(ViTConfig)
+    for field in dataclasses.fields(ViTConfig):
+        assert f"{field.name} ({field_docs(ViTConfig)[field.name].text})" in keys
+    assert "()" not in keys and "one draw for all images of one size" in keys
+
+
+def test_a_wrong_resource_is_told_its_option(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"resources.crops_on must be 'worker' or 'device': got 'gpu'") as caught:
+        openlvd("train", f"{tiny.root}/raw", "--resources-crops-on", "gpu", "--out", tmp_path / "o")
+    assert caught.value.hint.startswith("give another --resources-crops-on: it is the trainer's crops")
+
+
+def test_facts_that_are_numbers_are_told(tiny, tmp_path, capsys):
+    entry = recipe(tiny.images)["steps"]["score"]
+    args = options(entry, lambda step: f"{tiny.root}/{step}")
+    openlvd("evaluate", *args, "--out", tmp_path / "o")
+    facts = tiny.artifact("score").facts
+    assert f"\naccuracy: k-NN {facts['accuracy']:.2%}" in capsys.readouterr().out
+    openlvd("evaluate", *args, "--out", tmp_path / "o", "--json")
+    told = json.loads(capsys.readouterr().out)["facts"]
+    assert told == {key: value for key, value in facts.items() if isinstance(value, int | float)}
+    assert told["accuracy"] == facts["accuracy"]
 
 
 def test_comments_are_read_as_they_are_meant():

@@ -218,6 +218,14 @@ OTHER = {
 }
 
 
+NEEDED = {  # by a field that may not change alone: the others
+    "result": {"knn_every": 5},
+    "teacher_temperature_start": {"teacher_temperature_start": 0.02, "teacher_temperature_steps": 2},
+    "teacher_temperature_steps": {"teacher_temperature_start": 0.02, "teacher_temperature_steps": 2},
+    "init_frozen_steps": {"init": "some/folder"},
+}
+
+
 def other_value(stage: str, name: str, value: Any) -> Any:
     if f"{stage}.{name}" in OTHER:
         other = OTHER[f"{stage}.{name}"]
@@ -243,13 +251,14 @@ def test_every_config_field_changes_the_fingerprint(tiny, step):
         if field.name in STAGES[entry.stage].locations or is_config(getattr(entry.config, field.name)):
             continue
         other = other_value(entry.stage, field.name, getattr(entry.config, field.name))
-        needed = {"knn_every": 5} if field.name == "result" else {}
-        changed = replace(entry, config=replace(entry.config, **{field.name: other}, **needed))
+        needed = NEEDED.get(field.name, {})
+        base = prepare(replace(entry, config=replace(entry.config, **needed)), done, root, outside).fingerprint
+        changed = replace(entry, config=replace(entry.config, **{**needed, field.name: other}))
         assert prepare(changed, done, root, outside).fingerprint != base, field.name
 
 
 def is_config(value: Any) -> bool:
-    return hasattr(value, "__dataclass_fields__")
+    return hasattr(value, "__dataclass_fields__") and not isinstance(value, type)
 
 
 def recording(config: Any, seen: set[str]) -> Any:
@@ -273,7 +282,11 @@ def recording(config: Any, seen: set[str]) -> Any:
 # Settings under which the fields that are for one case alone come to be read.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "sample": [{}, {"mode": "level", "level": 1}, {"max_per_source": 50}, {"max_per_label": 50}],
-    "train": [{}, {"centering": "softmax", "schedule": "cosine"}, {"teacher_temperature_start": 0.03}],
+    "train": [
+        {},
+        {"centering": "softmax", "schedule": "cosine"},
+        {"teacher_temperature_start": 0.03, "teacher_temperature_steps": 2},
+    ],
 }
 
 

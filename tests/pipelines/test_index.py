@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import TRAIN
 
 from curation.artifact import Artifact, read_table
@@ -74,7 +76,7 @@ def images_of(artifact, n):
 def test_every_image_of_every_tar_is_read_where_it_is(tmp_path, tars):
     found, result = index(tmp_path, tars)
     assert result.counts == {"rows": 30, "kept": 30, "dropped": 0, "bad": 0, "seen_per_epoch": 30, "unused_images": 0,
-                             "shards": 3, "ignored_files": 2}  # fmt: skip
+                             "shards": 3, "broken_tars": 0, "ignored_files": 2}  # fmt: skip
     assert images_of(found, 30) == {png(i) for i in range(30)}
     assert [locate_tar(found.location, i).uri for i in range(3)] == [
         f"{tars}/{name}" for name in ("a.tar", "b.tar", "more/c.tar")
@@ -97,7 +99,7 @@ def test_tars_on_s3(tars, on_s3, tmp_path):
         (on_s3 / f"tars/{path.relative_to(tars)}").write(path.read_bytes())
     there, _ = index(tmp_path, f"{on_s3}/tars", "there")
     here, _ = index(tmp_path, tars, "here")
-    assert there.digest == here.digest
+    assert there.digest == here.digest  # neither times nor ETags are in it
     assert images_of(there, 30) == {png(i) for i in range(30)}
     openlvd("train", f"{on_s3}/tars", *SETTINGS, "--out", f"{on_s3}/encoder", "--resources-loader-workers", 0)
     assert Artifact(on_s3 / "encoder").counts["rows"] == 16
@@ -126,6 +128,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:3000])
 
 
+BROKEN = ("truncated", "not_a_tar")
 BAD = {
     "cut": (cut, {"truncated": 1}, 1),
     "no bytes": (lambda path: path.write_bytes(b""), {"truncated": 1}, 0),
@@ -145,10 +148,12 @@ BAD = {
 def test_what_cannot_be_used_is_counted_and_listed(tmp_path, tars, name):
     spoil, reasons, kept = BAD[name]
     spoil(tars / "b.tar")
-    found, result = index(tmp_path, tars, max_bad_fraction=0.1)
+    broken = sum(reasons.get(reason, 0) for reason in BROKEN)
+    found, result = index(tmp_path, tars, max_bad_fraction=0.4 if broken else 0.1)
     counts = result.counts
-    bad = sum(n for reason, n in reasons.items() if reason != "duplicate_key")
-    assert (counts["kept"], counts["bad"], counts["dropped"]) == (20 + kept, bad, sum(reasons.values()) - bad)
+    bad = sum(n for reason, n in reasons.items() if reason not in ("duplicate_key", *BROKEN))
+    assert (counts["kept"], counts["bad"], counts["broken_tars"]) == (20 + kept, bad, broken)
+    assert counts["dropped"] == reasons.get("duplicate_key", 0)
     assert counts["rows"] == counts["kept"] + counts["bad"] + counts["dropped"]
     listed = read_table(found.part(1, "rejected")).to_pylist()
     assert {row["reason"]: 1 for row in listed} == reasons
@@ -168,6 +173,18 @@ def test_too_much_that_is_bad_stops(tmp_path, tars):
     words = r"may be bad \(max_bad_fraction\): got 2 of 23, first b.tar \(no member of this key is an image\); b.tar"
     assert "raise max_bad_fraction" in refused(words, tmp_path, tars)
     assert index(tmp_path, tars, max_bad_fraction=0.1)[1].counts["bad"] == 2
+
+
+@pytest.mark.parametrize("name", ["cut", "no tar"])
+def test_too_many_tars_that_break_off_stop(tmp_path, tars, name):
+    """However many samples the others hold: nobody knows what they have cost."""
+    BAD[name][0](tars / "b.tar")
+    words = (
+        r"at most 0.05 of the tars may break off or be none \(max_bad_fraction\): got 1 of 3, first b.tar \(tar .+\)$"
+    )
+    assert "raise max_bad_fraction" in refused(words, tmp_path, tars)
+    counts = index(tmp_path, tars, max_bad_fraction=0.34)[1].counts
+    assert (counts["broken_tars"], counts["bad"], counts["shards"]) == (1, 0, 3)
 
 
 def test_no_sample_at_all_stops(tmp_path):
@@ -247,9 +264,7 @@ def test_a_folder_of_tars_is_all_that_train_needs(tars, here, capfd):
     assert f"the encoder goes to {here}/tars-encoder" in said
     assert f"{tars} has no index, so one was made: 30 images in 3 tars, at {made}" in said
     assert "for 30 images on a CPU" in said
-    assert (
-        '\n  head {"prototypes": 1024, "hidden": 256, "bottleneck": 64}: about a prototype for 16 of 30 images' in said
-    )
+    assert '\n  head {"prototypes": 16, "hidden": 256, "bottleneck": 64}: few, for 30 images' in said
     config = encoder.manifest["config"]
     assert (config["image_size"], config["local_size"], config["n_steps"], config["batch"]) == (24, 12, 2, 8)
     assert config["vit"]["width"] == 32 and config["vit"]["patch_size"] == 4 and config["n_local"] == 1
@@ -266,10 +281,104 @@ def test_a_folder_of_tars_is_all_that_train_needs(tars, here, capfd):
 def test_a_preset_counts_as_given(tars, here, capfd):
     (here / "mine.yaml").write_text("{n_steps: 1, batch: 4, vit: {width: 32, depth: 1}, warmup_steps: 0}")
     openlvd("train", tars, "--preset", "mine.yaml", "--vit", "{heads: 2, depth: 2}", "--n-local", "1")
+    said = capfd.readouterr().err
+    assert "for 30 images on a CPU, beside mine.yaml what depends on the data is set to:" in said
     config = Artifact(Location(str(here / "tars-encoder"))).manifest["config"]
-    assert [config["vit"][key] for key in ("width", "depth", "heads", "patch_size")] == [32, 2, 2, 4]
-    assert (config["n_steps"], config["batch"], config["image_size"]) == (1, 4, 24)
-    assert "  n_steps" not in capfd.readouterr().err
+    assert [config["vit"][key] for key in ("width", "depth", "heads", "patch_size")] == [32, 2, 2, 16]
+    assert (config["n_steps"], config["batch"], config["image_size"]) == (1, 4, 32)
+    assert config["vit"]["layer_scale"] == 1e-5 and config["init_gain"] is None
+    assert "  n_steps" not in said and "  image_size 32: " in said
+
+
+def test_a_shorter_run_has_a_shorter_warm_up_than_its_preset(tars, here, capfd):
+    (here / "mine.yaml").write_text("{n_steps: 1000, warmup_steps: 500, batch: 4, head: {prototypes: 32}}")
+    openlvd("train", tars, "--preset", "mine.yaml", "--vit", "{heads: 2, width: 32, depth: 1}", "--n-steps", "4")
+    assert Artifact(Location(str(here / "tars-encoder"))).manifest["config"]["warmup_steps"] == 2
+    assert "  warmup_steps 2: 500 of 1,000 in the preset, so as many of 4" in capfd.readouterr().err
+
+
+INIT_STEPS = ["--n-steps", "2", "--batch", "8", "--n-local", "1", "--resources-loader-workers", "0"]
+
+
+def test_a_training_begins_with_what_another_has_left(tars, here, capfd):
+    """The artifact, its files alone, and its export: none of them needs its shape told again."""
+    shape = "{width: 32, depth: 1, heads: 2, n_registers: 1}"
+    openlvd("train", tars, *INIT_STEPS, "--vit", shape, "--out", "first")
+    first = Artifact(Location(str(here / "first")))
+    (here / "files").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (here / "files" / name).write_bytes((first.location / name).read())
+    openlvd("export", "first", "--out", "exported")
+    digests = set()
+    for init in ("first", "./files", "exported"):
+        openlvd("train", tars, *INIT_STEPS, "--init", init, "--n-steps", "0", "--out", f"from-{Path(init).name}")
+        made = Artifact(Location(str(here / f"from-{Path(init).name}")))
+        vit = made.manifest["config"]["vit"]
+        assert [vit[key] for key in ("width", "depth", "n_registers", "layer_scale")] == [32, 1, 1, None]
+        assert "vit {" in (said := capfd.readouterr().err) and "the shape of what the training begins with" in said
+        theirs = load_file(first.location.path / "model.safetensors")
+        for name, value in load_file(made.location.path / "model.safetensors").items():
+            assert (value - theirs[name]).abs().max() == 0, (init, name)
+        digests.add(made.manifest["fingerprint"])
+    assert len(digests) == 3
+
+
+def test_learned_positions_come_to_the_crops(tars, here):
+    shape = "{width: 32, depth: 1, heads: 2, position: learned, image_size: 24, key_bias: true, norm_eps: 1.0e-6}"
+    openlvd("train", tars, *INIT_STEPS, "--vit", shape, "--out", "first")
+    openlvd("export", "first", "--out", "exported")
+    openlvd("train", tars, *INIT_STEPS, "--init", "exported", "--image-size", "32", "--local-size", "16", "--out", "o")
+    vit = Artifact(Location(str(here / "o"))).manifest["config"]["vit"]
+    assert (vit["position"], vit["image_size"], vit["n_registers"], vit["key_bias"]) == ("learned", 32, 4, True)
+
+
+@pytest.mark.parametrize("init", ["first", "exported"])
+def test_another_shape_is_told_before_anything_is_made(tars, here, init):
+    openlvd("train", tars, *INIT_STEPS, "--vit", "{width: 32, depth: 1, heads: 2}", "--out", "first")
+    openlvd("export", "first", "--out", "exported")
+    init = str(here / init)
+    words = rf"backbone of the shape of train.vit: {init} has width 32 \(64 here\), depth 1 \(2 here\)$"
+    sizes = ["--warmup-steps", "0", "--image-size", "24", "--local-size", "12", "--out", "o"]
+    vit = "{width: 64, depth: 2, heads: 2, patch_size: 4, layer_scale: null}"
+    for how in ([tars], ["--shards", next((here / "tars-index").iterdir())]):
+        with pytest.raises(UserError, match=words) as caught:
+            openlvd("train", *how, *INIT_STEPS, *sizes, "--vit", vit, "--init", init)
+        assert caught.value.hint.startswith("set train.vit: {width: 32, depth: 1}; ")
+    assert not (here / "o").exists()
+
+
+def test_another_shape_is_told_when_a_recipe_is_read():
+    steps = {
+        "web": {"stage": "pool", "source": "photos"},
+        "raw": {"stage": "shards", "pool": "web"},
+        "first": {"stage": "train", "shards": "raw", "vit": {"n_registers": 0}},
+        "second": {"stage": "train", "shards": "raw", "init": "first"},
+    }
+    with pytest.raises(UserError, match=r"train.vit: first has n_registers 0 \(4 here\)$") as caught:
+        parse_recipe({"steps": steps}, STAGES)
+    assert caught.value.hint.startswith("set train.vit: {n_registers: 0}; ")
+    steps["second"]["vit"] = {"n_registers": 0, "drop_path": 0.3}
+    assert len(parse_recipe({"steps": steps}, STAGES).steps) == 4
+
+
+def test_bad_samples_are_told_with_the_way_to_allow_them(tars, here):
+    write_tar(tars / "d.tar", [(f"{i}.png", b"not one") for i in range(20)])
+    with pytest.raises(UserError, match="max_bad_fraction") as caught:
+        openlvd("train", tars, *SETTINGS)
+    words = f": openlvd index {tars} --max-bad-fraction X --out I, then openlvd train I"
+    assert caught.value.hint.endswith(words)
+
+
+def test_one_tar_is_one(tars, here, capfd):
+    openlvd("train", tars / "a.tar", *SETTINGS)
+    assert " images in 1 tar, at " in capfd.readouterr().err
+
+
+def test_torchrun_starts_processes_itself(tars, here, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"torchrun starts the processes itself.* must be 1: got 2"):
+        openlvd("train", tars, *SETTINGS, "--resources-train-processes", "2")
+    assert list(here.iterdir()) == []
 
 
 def test_new_tars_are_another_training(tars, here):
@@ -324,10 +433,14 @@ def test_a_shard_that_changed_after_its_index(tmp_path, tars, here):
     command = [sys.executable, "-m", "pipelines.cli", "train", "--shards", "index", "--out", "out"]
     train = ["--n-steps", "1", "--warmup-steps", "0", "--vit", "{width: 32, depth: 1, heads: 2}", "--batch", "4",
              "--image-size", "32", "--local-size", "16", "--head", "{hidden: 16, bottleneck: 16}"]  # fmt: skip
+    whole = (tars / "a.tar").read_bytes()
     done = subprocess.run([*command, *train], capture_output=True, text=True, check=False)
     words = r"tars/b.tar must be the shard that its index is of: it had \d+ bytes and has \d+"
     assert done.returncode == 2 and re.search(words, done.stderr), done.stderr
     assert "hint: put the tar back as it was" in done.stderr
+    (tars / "b.tar").write_bytes(whole)  # of the same size, with other images
+    done = subprocess.run([*command, *train], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "b.tar must be the shard that its index is of: it has other bytes" in done.stderr
     (tars / "b.tar").unlink()
     done = subprocess.run([*command, *train], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "tars/b.tar must be the shard that its index is of: it is gone" in done.stderr
@@ -364,7 +477,7 @@ def test_the_facts_of_an_index(tmp_path):
 def test_one_input_needs_no_flag(tiny, tmp_path):
     openlvd("neighbors", f"{tiny.root}/web_copy", "--n-neighbors", 8, "--min-similarity", 0.99, "--out", tmp_path / "o")
     assert Artifact(Location(str(tmp_path / "o"))).digest == tiny.artifact("near").digest
-    openlvd("index", tiny.images / "tars", "--max-bad-fraction", 0.1, "--out", tmp_path / "i")
+    openlvd("index", tiny.images / "tars", "--max-bad-fraction", 0.2, "--out", tmp_path / "i")
     assert Artifact(Location(str(tmp_path / "i"))).digest == tiny.artifact("found").digest
     for name, key in {"pool": "source", "embed": "pool", "dedup": "neighbors", "train": "shards"}.items():
         stage = STAGES[name]

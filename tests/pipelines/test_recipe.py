@@ -78,7 +78,7 @@ def test_mistakes_are_one_sentence_with_a_hint():
     refused(tree(web=3), "web must be a mapping")
     refused(tree(web={"stage": ["pool"]}), "known stage: got ['pool']")
     refused(tree(web=POOL, vec={**embed, "backbone": "pixel"}),
-            "vec.backbone must be pixels, phash, an earlier train step", "did you mean pixels?")  # fmt: skip
+            "vec.backbone must be pixels, phash, openlvd-tiny, an earlier train", "did you mean pixels?")  # fmt: skip
     refused(tree(vec=embed, web=POOL), "vec.pool must name an earlier step: got 'web'")
     refused(tree(web=POOL, vec={"stage": "embed", "backbone": "pixels"}), "vec must name its pool: got none")
     refused(

@@ -70,8 +70,9 @@ def small(name: str, folder: Path) -> Recipe:
             overrides.append(f"{step}.backbone=pixels")
         if entry["stage"] == "train":
             vit = {**TRAIN["vit"], "n_registers": 0, "layer_scale": None}
-            changes = {**TRAIN, "vit": vit, "freeze_last_layer_steps": 1, "teacher_temperature_steps": 3,
-                       "augment": {}, "precision": "float32", "n_local": 1, "group": 16}  # fmt: skip
+            changes = {**TRAIN, "vit": vit, "freeze_last_layer_steps": 1, "teacher_temperature_start": 0.04,
+                       "teacher_temperature_steps": 3, "augment": {}, "precision": "float32", "n_local": 1,
+                       "group": 16}  # fmt: skip
             overrides += [f"{step}.{key}={json.dumps(value)}" for key, value in changes.items()]
     return read_recipe(Location(name), overrides, STAGES)
 

@@ -106,8 +106,8 @@ def uploads(root: Location) -> list[str]:
 
 
 def is_result(name: str) -> bool:
-    """Whether a file is what a run is for: not a note, not scratch."""
-    return name.rpartition("/")[2] not in NOTES and "scratch" not in name.split("/")
+    """Whether a file is what a run is for: not a note, no log, not scratch."""
+    return name.rpartition("/")[2] not in NOTES and not {"log", "scratch"} & set(name.split("/"))
 
 
 def undisturbed(folder: Path) -> dict[str, bytes]:
@@ -120,7 +120,9 @@ def check_results(root: Location, expected: dict[str, bytes]) -> None:
     """A finished run has the bytes of an undisturbed one, and left nothing else behind."""
     left = {entry.name for entry in root.list()}
     assert {name for name in left if is_result(name)} == set(expected)
-    assert {name.rpartition("/")[2] for name in left if not is_result(name)} == {"run.json", "run.jsonl"}
+    assert {name.rpartition("/")[2] for name in left if not is_result(name) and "/log/" not in name} == {
+        "run.json", "run.jsonl"
+    }  # fmt: skip
     assert [name for name, data in expected.items() if (root / name).read() != data] == []
     assert all(artifact is not None for artifact in read_root(root).values())
     assert uploads(root) == []

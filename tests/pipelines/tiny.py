@@ -144,7 +144,7 @@ def recipe(folder: Path, part_rows: int = 16) -> dict[str, Any]:
                 "min_similarity": 0.99,
             },
             "raw": {"stage": "shards", "pool": "web", "selection": "usable", "shard_rows": 16, "mix_rows": 40},
-            "found": {"stage": "index", "source": str(folder / "tars"), "max_bad_fraction": 0.1},
+            "found": {"stage": "index", "source": str(folder / "tars"), "max_bad_fraction": 0.2},
             "first": {"stage": "train", "shards": "raw", **TRAIN},
             "web_vec": {"stage": "embed", "pool": "web", "selection": "clean", "backbone": "first"},
             "tree": {"stage": "cluster", "embeddings": "web_vec", "n_clusters": [20, 5], "n_resamples": 2,

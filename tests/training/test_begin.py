@@ -9,7 +9,7 @@ from embedding.hf_weights import save_hf
 from embedding.preprocess import Preprocess
 from embedding.vit import ViT
 from embedding.vit_config import ViTConfig
-from training.begin import begin_with
+from training.begin import begin_with, differences, shape_of
 from training.trainer import TrainResources, schedule, train
 
 PREPROCESS = Preprocess(size=32, crop=32)
@@ -64,20 +64,26 @@ def test_learned_positions_come_to_the_grid_of_the_crops(saved):
     begin_with(ours, folder, 48)
     assert ours.pos_embed.shape == (1, 37, 32)
     torch.testing.assert_close(ours.pos_embed[:, 0], vit.pos_embed[:, 0])
-    with pytest.raises(ValueError, match=r"pos_embed is \(1, 17, 32\) here, and \(1, 37, 32\) in"):
+    with pytest.raises(ValueError, match=r"has image_size 48 \(32 here\)$"):
         begin_with(ViT(vit.config), folder, 48)
 
 
 OTHERS = {
-    "width": ("own", {"width": 48}, r"width 32 \(48 here\), ffn_hidden 128 \(192 here\)"),
+    "width": ("own", {"width": 48}, r"has width 32 \(48 here\)$"),
     "depth": ("own", {"depth": 3}, r"has depth 2 \(3 here\)$"),
     "heads": ("own", {"heads": 4}, r"has heads 2 \(4 here\)$"),
     "patch_size": ("own", {"patch_size": 16}, r"has patch_size 8 \(16 here\)$"),
     "registers": ("DINOv3", {"n_registers": 1}, r"has n_registers 4 \(1 here\)$"),
-    "ffn": ("DINOv3", {"ffn": "swiglu"}, r"ffn mlp \(swiglu here\)"),
-    "position": ("DINOv2", {"position": "rope", "image_size": None}, r"position learned \(rope here\)$"),
+    "ffn": ("DINOv3", {"ffn": "swiglu", "mlp_ratio": 3.0}, r"has mlp_ratio 4.0 \(3.0 here\), ffn mlp \(swiglu here\)$"),
+    "position": (
+        "DINOv2",
+        {"position": "rope", "image_size": None},
+        r"position learned \(rope here\), image_size 32 \(null here\)$",
+    ),
     "eps": ("DINOv2", {"norm_eps": 1e-5}, r"norm_eps 1e-06 \(1e-05 here\)$"),
-    "layer scale": ("own", {"layer_scale": None}, r"blocks.0.ls1 is None here, and \(32,\) in"),
+    "ratio": ("DINOv3 swiglu", {"mlp_ratio": 4.0}, r"has mlp_ratio 6.0 \(4.0 here\)$"),
+    "layer scale": ("own", {"layer_scale": None}, r"has layer_scale 0.5 \(null here\)$"),
+    "layer scale, HF": ("DINOv3", {"layer_scale": None}, r"has layer_scale 0.5 \(null here\)$"),
 }
 
 
@@ -95,8 +101,45 @@ def test_another_shape_is_named_and_changes_nothing(saved, name):
 
 def test_a_layer_scale_that_is_not_there_is_named(saved):
     folder, vit = saved("own", layer_scale=None)
-    with pytest.raises(ValueError, match=r"blocks.0.ls1 is \(32,\) here, and None in"):
+    with pytest.raises(ValueError, match=r"has layer_scale null \(1e-05 here\)$"):
         begin_with(ViT(replace(vit.config, layer_scale=1e-5)), folder, 32)
+
+
+@pytest.mark.parametrize("name", ["DINOv2", "DINOv2 with registers", "DINOv3", "DINOv3 swiglu"])
+def test_scales_of_one_are_no_matter_of_shape(saved, name):
+    """An exported ViT without LayerScale has scales of 1: it begins a ViT without, and one with."""
+    folder, vit = saved(name, layer_scale=None)
+    assert shape_of(folder).plain_scales and shape_of(folder).fields()["layer_scale"] is None
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for layer_scale in (None, 1e-5):
+        ours = ViT(replace(vit.config, layer_scale=layer_scale), seed=3)
+        begin_with(ours, folder, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(ours.eval()(images).cls, vit(images).cls, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_shape_is_known_before_its_weights_are_read(saved, name):
+    """A ViT of the fields that are told is one that the weights fit."""
+    folder, vit = saved(name)
+    shape = shape_of(folder)
+    assert shape.plain_scales is False and shape.config.mlp_ratio == vit.config.mlp_ratio
+    assert differences(shape, vit.config) == {}
+    assert shape.resized == name.startswith("DINOv2")
+    fields = shape.fields()
+    if shape.resized:
+        assert fields["image_size"] is None
+        fields["image_size"] = 48
+    begin_with(ViT(ViTConfig(**fields)), folder, 48)
+    assert differences(shape_of(folder, 48), ViTConfig(**fields)) == {}
+
+
+def test_what_is_no_vit_of_ours_is_told(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(
+        ValueError, match=r"must be a DINOv2 or DINOv3 ViT to begin a training with: got model_type 'bert'"
+    ):
+        shape_of(str(tmp_path))
 
 
 def test_no_folder_is_named(tmp_path, tiny):
@@ -108,7 +151,7 @@ def test_a_run_holds_the_backbone_still_for_some_steps(saved, digit_shards, tiny
     folder, vit = saved("own")
     config = replace(tiny, vit=vit.config, init=folder, init_frozen_steps=3, n_steps=4, warmup_steps=0)
     assert [s.backbone_frozen for s in schedule(config)] == [True] * 3 + [False]
-    assert not any(s.backbone_frozen for s in schedule(replace(config, init=None)))
+    assert not any(s.backbone_frozen for s in schedule(replace(config, init=None, init_frozen_steps=0)))
 
     def after(n, **fields):
         out = Location(str(tmp_path / f"{n}{sorted(fields)}"))

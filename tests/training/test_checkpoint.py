@@ -16,6 +16,7 @@ from training.checkpoint import (
     History,
     Run,
     SkippedStep,
+    best_accuracy,
     checkpoints,
     load_best,
     restore_newest,
@@ -86,7 +87,7 @@ def test_the_file_is_safetensors_that_names_what_it_holds(tiny, tmp_path):
                for key in ("step", "exp_avg", "exp_avg_sq")}  # fmt: skip
     weights = {f"{part}.{name}" for part in ("student", "teacher") for name, _ in run.state.student.named_parameters()}
     metrics = {f"metrics.{name}" for name in run.history.metrics}
-    assert names == moments | weights | metrics | {"centre", "ibot_centre"}
+    assert names == moments | weights | metrics | {"centre", "ibot_centre", "history"}
 
 
 def test_the_newest_stay(tiny, place):
@@ -190,7 +191,8 @@ def test_the_best_is_a_backbone_and_its_step(tiny, place):
     run = make_run(tiny, place, steps=2)
     with pytest.raises(FileNotFoundError):
         load_best(place, ViT(tiny.vit))
-    save_best(run, 2)
+    save_best(run, 2, 0.5)
+    assert best_accuracy(run.folder) == 0.5
     vit = ViT(tiny.vit, seed=9)
     assert load_best(place, vit) == 2
     for name, value in run.state.teacher.backbone.state_dict().items():

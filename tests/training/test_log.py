@@ -26,7 +26,10 @@ def test_lines_are_json_and_what_is_not_finite_is_null(place):
         assert len(lines(place / "metrics-0000007.jsonl")) == 2
         log.add(11, VALUES)
     expected = {"loss": 1.5, "rank": None, "grad_norm": None, "alarms": ["few"], "lr": 0.0}
-    assert lines(place / "metrics-0000007.jsonl") == [{"step": step, **expected} for step in (7, 9, 11)]
+    files = sorted(entry.name for entry in place.list() if entry.name.startswith("metrics-"))
+    assert len(files) == (1 if place.is_local else 2)  # on S3 one for each time it was flushed
+    found = [line for name in files for line in lines(place / name)]
+    assert found == [{"step": step, **expected} for step in (7, 9, 11)]
 
 
 def test_lines_are_there_while_a_run_goes_on(tmp_path):
@@ -81,6 +84,6 @@ def test_a_run_writes_a_line_every_few_steps(digit_shards, tiny, tmp_path):
         for name in ("loss", "dino_loss", "grad_norm", "usage_perplexity", "skipped"):
             assert line[name] == result.metrics[name][line["step"]]
         assert line["mfu"] is None  # no peak is known of a CPU
-        assert line["alarms"] == sorted(result.alarms)
+        assert line["alarms"].items() <= result.alarms.items()
     for line in written[1:]:  # no step was timed when the first is told
         assert 0 <= line["wait_share"] <= 1 and line["images_per_second"] > 0 and line["seconds_left"] >= 0

@@ -163,7 +163,7 @@ def test_means_of_logits_and_of_their_softmax(chunk):
     unit, weight = units(31, D), normal(K, D, seed=1)
     torch.testing.assert_close(mean_logits(unit, weight, ALONE), (unit @ weight.T).mean(0))
     expected = torch.softmax(unit @ weight.T / 0.3, -1).mean(0)
-    torch.testing.assert_close(mean_softmax(unit, weight, 0.3, ALONE), expected)
+    torch.testing.assert_close(mean_softmax(unit, weight, torch.zeros(len(weight)), 0.3, ALONE), expected)
 
 
 def test_entropy_is_bounded_from_below_when_prototypes_outnumber_samples():
@@ -235,7 +235,7 @@ def largest(kind, n):
         if kind == "offset":
             sinkhorn_offset(targets.unit_Nd, targets.weight_Kd, 0.1, 3, ALONE)
         elif kind == "softmax":
-            mean_softmax(targets.unit_Nd, targets.weight_Kd, 0.1, ALONE)
+            mean_softmax(targets.unit_Nd, targets.weight_Kd, targets.offset_K, 0.1, ALONE)
         elif kind == "logits":
             mean_logits(targets.unit_Nd, targets.weight_Kd, ALONE)
         elif kind == "dino":

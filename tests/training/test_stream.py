@@ -1,4 +1,6 @@
+import hashlib
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -37,7 +39,9 @@ def elsewhere(shards, tmp_path):
     for i in range(5):
         tar = tmp_path / "tars" / f"{i}.tar"
         tar.write_bytes((tmp_path / shard_name(i)).read_bytes())
-        table = with_tar(pq.read_table(tmp_path / part_name(i)), TarFacts(tar.name, tar.stat().st_size))
+        data = tar.read_bytes()
+        facts = TarFacts(tar.name, len(data), hashlib.sha256(data).hexdigest())
+        table = with_tar(pq.read_table(tmp_path / part_name(i)), facts)
         pq.write_table(table, tmp_path / "index" / part_name(i))
     manifest = {"format": 1, "locations": {"source": str(tmp_path / "tars")}}
     (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest))
@@ -179,6 +183,29 @@ def test_a_run_does_not_begin_with_a_tar_that_is_not_the_one_indexed(shards, els
     (tmp_path / name).unlink()
     with pytest.raises(ShardGoneError, match=rf"{name} must be the shard that its index is of: it is gone"):
         shard_totals(at, ids)
+
+
+def test_a_tar_of_the_same_size_that_is_another_is_no_longer_the_one_indexed(elsewhere, tmp_path):
+    """Its content says so: a copy with another time is the same."""
+    stream, tar = Stream(elsewhere, batch=N), tmp_path / "tars/3.tar"
+    os.utime(tar, ns=(1, 1))
+    assert len(read_images(elsewhere, stream.batch(0))) == N
+    shard_totals(elsewhere, list_shards(elsewhere))
+    tar.write_bytes(tar.read_bytes().replace(b"bytes of 3 2", b"bytes of 3 9"))
+    locate_tar.cache_clear()
+    words = r"tars/3.tar must be the shard that its index is of: it has other bytes at its ends, in the same size"
+    for look in (lambda: shard_totals(elsewhere, list_shards(elsewhere)), lambda: locate_tar(elsewhere, 3)):
+        with pytest.raises(ShardChangedError, match=words):
+            look()
+
+
+def test_a_tar_that_goes_while_it_is_read_is_one_clear_error(shards, elsewhere, tmp_path):
+    for at, name in ((shards, "shard-0000003.tar"), (elsewhere, "tars/3.tar")):
+        samples = Stream(at, batch=N).batch(0)
+        read_images(at, samples)
+        (tmp_path / name).unlink()
+        with pytest.raises(ShardGoneError, match=rf"{name} must be the shard that its index is of: it is gone"):
+            read_images(at, samples)
 
 
 SIZES = (7, 3, 0, 5, 4)

@@ -1,11 +1,12 @@
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
 from training.config import TrainConfig
+from training.monitor import doubts
 from training.suggest import CPU_FLOPS, CPU_SECONDS, MAX_GPU_STEPS, _step_flops, suggest
 
 N_IMAGES = [1, 2, 15, 16, 100, 999, 10**4, 50_000, 10**6, 14_197_122, 10**8, 10**10]
@@ -26,8 +27,9 @@ def test_every_pool_gets_a_config(gpu):
             assert config.image_size % config.vit.patch_size == config.local_size % config.vit.patch_size == 0
             assert config.local_size < config.image_size
             assert abs(config.image_size - side) <= config.vit.patch_size / 2 or side >= 64
-            assert 1024 <= config.head.prototypes <= 131072 and math.log2(config.head.prototypes) % 1 == 0
-            assert config.ibot_head == config.head
+            assert min(n, 16) / 2 < config.head.prototypes <= 131072 and math.log2(config.head.prototypes) % 1 == 0
+            assert config.ibot_head.prototypes <= config.head.prototypes
+            assert replace(config.ibot_head, prototypes=config.head.prototypes) == config.head
             assert 0.99 <= config.momentum < 1
             assert len(config.lr_schedule()) == config.n_steps > 0
             assert len(config.temperature_schedule()) == config.n_steps
@@ -50,8 +52,81 @@ def test_more_images_never_make_it_smaller(gpu):
 
 
 def test_prototypes_are_a_16th_of_the_images():
-    for n, k in [(10, 1024), (16_384, 1024), (33_000, 2048), (10**6, 65536), (10**10, 131072)]:
+    for n, k in [(10, 8), (60, 16), (1000, 64), (16_384, 1024), (33_000, 2048), (10**6, 65536), (10**10, 131072)]:
         assert config_of(n, 224, True).head.prototypes == k
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_no_doubt_is_cast_on_what_is_suggested(gpu):
+    """But that a run is short, where it cannot be longer, which the suggestion says too."""
+    for given in ({}, {"batch": 8}, {"batch": 32, "vit": {"patch_size": 4}}):
+        for n in N_IMAGES[1:]:
+            for side in (8, 28, 60, 224):
+                found = suggest(n, side, gpu, given)
+                values = {name: one.value for name, one in found.items()}
+                config = TypeAdapter(TrainConfig).validate_python({**given, **values})
+                said = doubts(config, n)
+                assert not [text for text in said if "prototypes" in text], (n, side, said)
+                short = config.n_steps * config.batch < n
+                assert len(said) == short
+                assert not short or "hour" in found["n_steps"].reason or "the length of" in found["n_steps"].reason
+
+
+def test_beside_a_preset_only_what_depends_on_the_data_is_suggested():
+    of_data = {"batch", "image_size", "local_size", "head", "ibot_head", "precision", "n_steps", "warmup_steps", "lr",
+               "momentum"}  # fmt: skip
+    for gpu in (False, True):
+        for preset in ({"vit": {"depth": 3}}, {"batch": 16}, {}):
+            found = suggest(10**6, 30, gpu, {"n_steps": 300}, preset)
+            assert found.keys() == of_data - preset.keys() - {"n_steps"} - ({"precision"} if not gpu else set())
+            assert found["head"].value.keys() == {"prototypes"}  # width and depth of heads are what a preset means
+            assert (found["image_size"].value, found["local_size"].value) == (32, 16)  # of patches of 16
+    whole = {"head": {"norm": "none"}, "image_size": 96}
+    assert not {"head", "ibot_head", "image_size", "vit", "augment"} & suggest(100, 30, False, {}, whole).keys()
+
+
+def test_a_shorter_run_shortens_the_first_steps_of_a_preset():
+    preset = {"n_steps": 1000, "warmup_steps": 100, "freeze_last_layer_steps": 3, "teacher_temperature_start": 0.04,
+              "teacher_temperature_steps": 500, "cooldown_fraction": 0.2}  # fmt: skip
+    found = suggest(100, 30, False, {"n_steps": 100}, preset)
+    assert [found[f"{name}_steps"].value for name in ("warmup", "freeze_last_layer", "teacher_temperature")] == [
+        10,
+        1,
+        50,
+    ]
+    assert found["warmup_steps"].reason == "100 of 1,000 in the preset, so as many of 100"
+    assert suggest(100, 30, False, {"n_steps": 100, "warmup_steps": 100}, preset).keys() == found.keys() - {
+        "warmup_steps"
+    }
+    for n_steps in (1, 2, 3, 999):  # the config takes all of them
+        values = {name: one.value for name, one in suggest(100, 30, False, {"n_steps": n_steps}, preset).items()}
+        config = TypeAdapter(TrainConfig).validate_python({**preset, "n_steps": n_steps, **values})
+        assert len(config.lr_schedule()) == n_steps
+    for n_steps in (1000, 2000):
+        assert not [name for name in suggest(100, 30, False, {"n_steps": n_steps}, preset) if name.endswith("_steps")]
+
+
+def test_the_shape_of_what_a_run_begins_with_is_kept():
+    begun = {"width": 64, "depth": 3, "heads": 2, "patch_size": 8, "n_registers": 0, "layer_scale": None,
+             "position": "learned", "image_size": None, "ffn": "mlp", "rope_rescale": None}  # fmt: skip
+    found = suggest(100, 30, False, {}, None, begun)
+    assert found["vit"].value == {"width": 64, "depth": 3, "heads": 2, "patch_size": 8, "n_registers": 0,
+                                  "layer_scale": None, "position": "learned", "image_size": 32}  # fmt: skip
+    assert (found["image_size"].value, found["local_size"].value) == (32, 16)
+    found = suggest(
+        100, 30, False, {"vit": {"n_registers": 4}}, {"vit": {"drop_path": 0.3, "rope_rescale": 2.0}}, begun
+    )
+    vit = found["vit"].value
+    assert (vit["n_registers"], vit["drop_path"], vit["rope_rescale"], vit["width"]) == (4, 0.3, None, 64)
+    assert "augment" not in found
+    scaled = {**begun, "layer_scale": 1.0, "position": "rope"}
+    assert suggest(100, 30, False, {}, None, scaled)["vit"].value["layer_scale"] == 1.0  # in a short run too
+
+
+def test_a_warmer_teacher_has_both_its_start_and_its_steps():
+    for given in ({"teacher_temperature_start": None}, {"teacher_temperature_steps": 0}):
+        assert config_of(10**6, 224, True, given).teacher_temperature_start is None
+    assert config_of(10**6, 224, True, {"teacher_temperature_steps": 7}).teacher_temperature_start == 0.04
 
 
 def test_a_run_on_a_cpu_ends_within_the_hour_or_ten_epochs():

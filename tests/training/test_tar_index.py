@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import random
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.shards import INDEX_SCHEMA, tar_facts
+from curation.shards import INDEX_SCHEMA, digest_of_ends, tar_facts
 from training.tar_index import LEFT_OUT_SCHEMA, CompressedTarError, IndexConfig, index_tar
 
 
@@ -58,11 +59,32 @@ def test_the_index_of_a_tar_of_others(tmp_path):
     ]  # fmt: skip
     assert left(index) == [("b", "no_image"), ("i", "undecodable"), ("j", "no_image"), ("k", "undecodable")]
     assert index.unused_images == 2  # of c and i
-    assert tar_facts(index.rows.schema.metadata) == ("some/x.tar", path.stat().st_size)
+    assert tar_facts(index.rows.schema.metadata) == (
+        "some/x.tar", path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+    )  # fmt: skip
     assert index.rows["row_id"].to_pylist() == list(range(7)) and set(index.rows["count"].to_pylist()) == {1}
     data = path.read_bytes()
     found = [data[r["offset"] : r["offset"] + r["length"]] for r in index.rows.to_pylist()]
     assert found == [JPEG, JPEG, JPEG, JPEG, PNG, PNG, PNG]
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 16, (1 << 17) - 1, 1 << 17, (1 << 17) + 1, 1 << 18])
+def test_a_tar_is_known_by_its_ends(size):
+    """At most 64 KiB of each, all of it where they meet; a changed byte shows there."""
+    data, asked = bytearray(random.Random(0).randbytes(size)), []
+    ends = 1 << 16
+
+    def digest():
+        return digest_of_ends(lambda at, n: asked.append((at, n)) or bytes(data[at : at + n]), size)
+
+    expected = data if size <= 2 * ends else data[:ends] + data[-ends:]
+    first = digest()
+    assert first == hashlib.sha256(expected).hexdigest()
+    assert len(asked) == (1 if size <= 2 * ends else 2) and all(n <= 2 * ends for _, n in asked)
+    for at in {0, min(ends, size) - 1, max(size - ends, 0), size - 1} if size else ():
+        data[at] ^= 1
+        assert digest() != first
+        data[at] ^= 1
 
 
 def test_every_way_to_write_a_tar_gives_the_same_index(tmp_path):

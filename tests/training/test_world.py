@@ -96,9 +96,9 @@ def sums():
             "gather": world.gather({"rank": world.rank}),
             "offset": sinkhorn_offset(x, weight, 0.05, 3, world),
             "mean logits": mean_logits(x, weight, world),
-            "mean softmax": mean_softmax(x, weight, 0.05, world),
+            "mean softmax": mean_softmax(x, weight, torch.zeros(len(weight)), 0.05, world),
             "uneven offset": sinkhorn_offset(uneven, weight, 0.05, 3, world),
-            "uneven softmax": mean_softmax(uneven, weight, 0.05, world),
+            "uneven softmax": mean_softmax(uneven, weight, torch.zeros(len(weight)), 0.05, world),
         }
 
 
@@ -119,10 +119,14 @@ def test_sums_of_two_processes_are_those_of_one():
     bound = {"atol": 1e-6, "rtol": 1e-6}  # 6.1: distributed
     torch.testing.assert_close(first["offset"], sinkhorn_offset(x, weight, 0.05, 3, alone), **bound)
     torch.testing.assert_close(first["mean logits"], mean_logits(x, weight, alone), **bound)
-    torch.testing.assert_close(first["mean softmax"], mean_softmax(x, weight, 0.05, alone), **bound)
+    torch.testing.assert_close(
+        first["mean softmax"], mean_softmax(x, weight, torch.zeros(len(weight)), 0.05, alone), **bound
+    )
     uneven = torch.cat([x[:5], x[:11]])
     torch.testing.assert_close(first["uneven offset"], sinkhorn_offset(uneven, weight, 0.05, 3, alone), **bound)
-    torch.testing.assert_close(first["uneven softmax"], mean_softmax(uneven, weight, 0.05, alone), **bound)
+    torch.testing.assert_close(
+        first["uneven softmax"], mean_softmax(uneven, weight, torch.zeros(len(weight)), 0.05, alone), **bound
+    )
 
 
 def test_one_process_is_a_world_of_its_own(monkeypatch):
