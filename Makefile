@@ -53,9 +53,9 @@ soak: setup
 	OPENLVD_EMBED_KILLS=100 OPENLVD_EMBED_RAY_KILLS=20 OPENLVD_EMBED_WORKER_KILLS=100 \
 		$(BIN)/python -m pytest tests/pipelines/test_embed_kills.py --timeout 7200
 
-# Speed beside other tools, one table a subject; bench_gpu.py is run by hand.
+# Speed beside other tools, one table a subject; bench_gpu.py and bench_cifar.py (20 minutes) are run by hand.
 bench: setup
-	@failed=0; for file in $(filter-out %/bench_gpu.py,$(wildcard tests/bench/bench_*.py)); do \
+	@failed=0; for file in $(filter-out %/bench_gpu.py %/bench_cifar.py,$(wildcard tests/bench/bench_*.py)); do \
 		echo "$$file"; $(BIN)/python $$file || failed=1; done; exit $$failed
 
 clean:

@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
+    if given.data is None:
+        parser.error("--data must be given: a folder with train-*.parquet and test-*.parquet of CIFAR-10")
     with tempfile.TemporaryDirectory(prefix="openlvd-") as name:
         at = Path(name)
         subset(sorted(given.data.glob("train-*.parquet")), BANK, given.seed, at / "bank.parquet")
